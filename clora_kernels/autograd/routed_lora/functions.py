@@ -1,0 +1,236 @@
+"""Routed LoRA for users: the fused layer, several layers of one x, and the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch.choice import Choice
+from ...dispatch.routed_lora import check_index, choose, pack_projections
+from ...kernels.routed_lora.algebra import Projection
+from ...reference import routed_lora as reference
+from .arguments import check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
+from .function import RoutedLoRAFunction
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedLoRA:
+    """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
+
+    weight: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    routing: Tensor | None = None
+    bias: Tensor | None = None
+    frozen_routing: Tensor | None = None
+    routing_index: Tensor | None = None
+    gate: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+
+
+def routed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    frozen_routing: Tensor | None = None,
+    routing_index: Tensor | None = None,
+    gate: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""A frozen linear layer and its routed LoRA in one sum::
+
+        y = x·weightᵀ + bias + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ
+
+    With neither ``routing`` nor ``gate`` this is LoRA (Hu et al., arXiv 2106.09685); with both routings it is C-LoRA
+    (arXiv 2502.17920, eq. 4-5 and 11-17): ``frozen_routing`` carries earlier tasks, counts in y, dx, dgate and the gradient of
+    ``scaling``, and lora_A and lora_B learn through ``routing`` alone. All equations: ``clora_kernels.reference.routed_lora``.
+
+    Args:
+        x: ``[..., K]``, fp32, bf16, fp16 (fp64 for checks); any leading dims, any strides, no rows at all.
+        weight: ``[N, K]`` in the dtype of ``x``. Gets a gradient if it requires one; costs nothing if not.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, any float dtype (usually fp32 under a 16-bit ``x``): rounded to x.dtype
+            once, gradients accumulated in fp32 and returned in the parameter's dtype. x and weight are never upcast.
+        routing: ``[r, r]``, or a bank ``[T, r, r]`` of which ``routing_index`` chooses one a sample. None is the identity.
+        bias: ``[N]``.
+        frozen_routing: a constant of the shape of ``routing``.
+        routing_index: int64 or int32 ``[S]`` with S = x.shape[0]. Out of range: IndexError on a CPU; on a GPU clamped, or
+            IndexError with the environment variable ``CLORA_CHECK_INDICES=1`` (which syncs).
+        gate: anything that broadcasts to ``x.shape[:-1] + (r,)``: a diagonal routing ``[r]``, a gate a sample ``[S, 1, r]``
+            or a token ``[S, L, r]``.
+        scaling: a number, or a 0-dim tensor, which may require a gradient and never recompiles.
+        dropout_p: probability with which an element of the adapter's x drops, in steps of 1/65536.
+        dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
+        training: False switches dropout off.
+        backend: "auto", "aten", or "reference" (plain PyTorch, differentiable any number of times).
+
+    Returns:
+        y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype once, sums
+        are fp32, y is rounded once.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.
+        RuntimeError: when differentiated twice with a backend other than "reference".
+    """
+    adapter = RoutedLoRA(
+        weight, lora_A, lora_B, routing, bias, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
+    )
+    check_tensor("weight", weight)
+    return _run(x, [adapter], None, training, backend)[0]
+
+
+def routed_lora_linear_group(
+    x: Tensor, adapters: Sequence[RoutedLoRA], *, training: bool = True, backend: str = "auto"
+) -> list[Tensor]:
+    """Several routed LoRA layers of one x (q, k, v; gate, up): x is read once for all, dx is summed in fp32 and rounded once.
+
+    Args:
+        x: ``[..., K]`` as in :func:`routed_lora_linear`.
+        adapters: one :class:`RoutedLoRA` a layer, each with its own weight, options and dropout draw.
+        training, backend: as in :func:`routed_lora_linear`.
+
+    Returns:
+        One y ``[..., N_j]`` a layer, what :func:`routed_lora_linear` gives for each.
+
+    Raises:
+        As :func:`routed_lora_linear`, the argument's name preceded by ``adapters[j].``.
+    """
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("adapters: got none, expected at least one RoutedLoRA")
+    for i, adapter in enumerate(adapters):
+        if not isinstance(adapter, RoutedLoRA):
+            raise TypeError(f"adapters[{i}]: got {type(adapter).__name__}, expected a RoutedLoRA")
+        check_tensor(f"adapters[{i}].weight", adapter.weight)
+    return _run(x, adapters, None, training, backend, prefix="adapters[{}].")
+
+
+def routed_lora_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing: Tensor | None = None,
+    *,
+    frozen_routing: Tensor | None = None,
+    routing_index: Tensor | None = None,
+    gate: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    training: bool = True,
+    base_output: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The adapter alone, added onto the output of any base layer (quantised, tensor-parallel)::
+
+        y = base_output + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ
+
+    Args:
+        base_output: ``[..., N]``, any float dtype; y has its dtype, else that of ``x``. The sum is fp32 and rounded once, but a
+            base output that is itself rounded to 16 bit has already lost what lies below its last bit: prefer
+            :func:`routed_lora_linear` wherever the weight is at hand.
+        Everything else as in :func:`routed_lora_linear`.
+
+    Returns:
+        y ``[..., N]``.
+    """
+    adapter = RoutedLoRA(
+        None, lora_A, lora_B, routing, None, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
+    )
+    return _run(x, [adapter], base_output, training, backend)[0]
+
+
+def _run(
+    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
+) -> list[Tensor]:
+    x, projections = prepare(x, adapters, base_output, training, prefix)
+    if _choose(x, projections, backend).backend == "reference":
+        return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
+    tensors, given = pack_projections(projections)
+    return list(RoutedLoRAFunction.apply(x, tuple(given), backend, *tensors)[: len(projections)])
+
+
+def prepare(
+    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, prefix: str = ""
+) -> tuple[Tensor, list[Projection]]:
+    """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on)."""
+    check_x(x)
+    dtype = _autocast_dtype(x)
+    x = x.to(dtype)
+    projections = []
+    for i, a in enumerate(adapters):
+        scaling = scaling_tensor(a.scaling, x)
+        seed, threshold = dropout_tensors(a.dropout_p, a.dropout_seed, training, x)
+        weight = a.weight.to(dtype) if a.weight is not None and torch.is_autocast_enabled(x.device.type) else a.weight
+        j = Projection(
+            weight=weight,
+            lora_A=a.lora_A,
+            lora_B=a.lora_B,
+            routing=a.routing,
+            frozen_routing=a.frozen_routing,
+            routing_index=a.routing_index,
+            gate=a.gate,
+            bias=a.bias,
+            base_output=base_output,
+            scaling=scaling,
+            seed=seed,
+            threshold=threshold,
+        )
+        check_projection(x, j, prefix.format(i))
+        projections.append(j)
+    return x, projections
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype F.linear would compute in: autocast leaves fp64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _choose(x: Tensor, projections: list[Projection], backend: str) -> Choice:
+    return choose(x.dtype, x.device, projections[0].base_output is not None, backend)
+
+
+def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
+    check_index(j)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.forward(
+            x,
+            j.weight,
+            j.lora_A,
+            j.lora_B,
+            j.routing,
+            j.bias,
+            frozen_routing=j.frozen_routing,
+            routing_index=j.routing_index,
+            gate=j.gate,
+            scaling=j.scaling,
+            dropout_p=0.0 if j.seed is None else adapter.dropout_p,
+            dropout_seed=j.seed,
+            base_output=j.base_output,
+        )
+
+
+def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
+    """The choice for a call of one of the functions above with these bound arguments."""
+    if fn is routed_lora_linear_group:
+        adapters, base = list(arguments["adapters"]), None
+    else:
+        fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
+        adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
+    x, projections = prepare(arguments["x"], adapters, base, arguments["training"])
+    return _choose(x, projections, arguments["backend"])

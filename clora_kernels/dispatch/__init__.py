@@ -1,0 +1,1 @@
+"""Which backend and strategy runs a call, and why: one readable function an operation; the operators that enter torch."""

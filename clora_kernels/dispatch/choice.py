@@ -1,0 +1,32 @@
+"""The outcome of a dispatch rule, and the errors of a backend that was named but cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BACKENDS = ("auto", "reference", "aten", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``backend`` and ``strategy`` that run a call and ``reason``, a sentence for people."""
+
+    backend: str
+    strategy: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.strategy}): {self.reason}"
+
+
+def unavailable(op: str, backend: str, reason: str) -> ValueError:
+    """The error for a named backend that cannot run ``op``."""
+    return ValueError(f"backend={backend!r} cannot run {op}: {reason}")
+
+
+def check_backend(op: str, backend: str, missing: dict[str, str]) -> None:
+    """Raise ValueError unless ``backend`` is a known name that ``op`` has; ``missing`` maps the others to the reason."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend in missing:
+        raise unavailable(op, backend, missing[backend])

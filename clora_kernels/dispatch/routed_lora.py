@@ -1,0 +1,154 @@
+"""Routed LoRA: the dispatch rule and the operators ``torch.ops.clora_kernels.routed_lora`` and ``routed_lora_backward``.
+
+One operator serves a layer (one projection of x) and a group (several). Projections travel as the list of their tensors
+and ``given``, which says for each field of each projection whether its tensor is there: dispatcher schemas have no
+differentiable lists of optional tensors. Gradients come back for x first, then for each ``Needs`` field of each projection;
+one that is not wanted is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.routed_lora import aten
+from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward
+from ..library import define_operator
+from ..reference.routed_lora import accumulation_dtype
+from .choice import Choice, check_backend
+
+MISSING = {
+    "triton": "this version has no Triton kernels for it; use 'auto' or 'aten'",
+    "native": "it has no C++ kernel; use 'auto' or 'aten'",
+}
+_PRIMITIVES: dict[str, Primitives] = {"aten": aten}
+
+
+def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, backend: str = "auto") -> Choice:
+    """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is proved on every device."""
+    check_backend("routed_lora", backend, MISSING)
+    if backend == "reference":
+        return Choice("reference", "plain PyTorch", "named by the caller; differentiable twice, slower, more memory")
+    if has_base_output:
+        strategy = "low-rank term added onto base_output in one fp32 sum"
+    elif dtype in (torch.bfloat16, torch.float16):
+        strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
+    else:
+        strategy = "low-rank term first, frozen matmul accumulates on it"
+    why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device.type}"
+    return Choice("aten", strategy, why)
+
+
+def check_index(j: Projection) -> None:
+    """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode alone."""
+    if j.routing_index is None or not j.routing_index.numel():
+        return
+    if j.routing_index.device.type != "cpu" and os.environ.get("CLORA_CHECK_INDICES") != "1":
+        return
+    T = j.routing.shape[0]
+    bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
+    if len(bad):
+        position = int(bad[0])
+        raise IndexError(f"routing_index[{position}]: got {int(j.routing_index[position])}, expected 0 <= index < {T}")
+
+
+def _in_bounds(j: Projection) -> Projection:
+    """An index that is not checked must at least not read outside the bank."""
+    if j.routing_index is None or j.routing_index.device.type == "cpu":
+        return j
+    return j._replace(routing_index=j.routing_index.clamp(0, j.routing.shape[0] - 1))
+
+
+def pack_projections(projections: Sequence[Projection]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors that are there, and for every field of every projection whether it is."""
+    fields = [t for j in projections for t in j]
+    return [t for t in fields if t is not None], [t is not None for t in fields]
+
+
+def unpack_projections(tensors: Sequence[Tensor], given: Sequence[bool]) -> list[Projection]:
+    """The inverse of ``pack_projections``."""
+    remaining = iter(tensors)
+    fields = [next(remaining) if there else None for there in given]
+    size = len(Projection._fields)
+    return [Projection(*fields[i : i + size]) for i in range(0, len(fields), size)]
+
+
+def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
+    size = len(Needs._fields)
+    return [Needs(*needs[i : i + size]) for i in range(0, len(needs), size)]
+
+
+def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str):
+    projections = unpack_projections(tensors, given)
+    for j in projections:
+        check_index(j)
+    choice = choose(x.dtype, x.device, projections[0].base_output is not None, backend)
+    return _PRIMITIVES[choice.backend], [_in_bounds(j) for j in projections]
+
+
+def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
+    kernels, projections = _ready(x, tensors, given, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        ys, ps = forward(kernels, x, projections)
+    return ys + ps
+
+
+def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
+    projections = unpack_projections(tensors, given)
+    lead, M = x.shape[:-1], x.shape[:-1].numel()
+    ys = [
+        x.new_empty(*lead, j.lora_B.shape[0], dtype=x.dtype if j.base_output is None else j.base_output.dtype)
+        for j in projections
+    ]
+    return ys + [x.new_empty(M, j.lora_A.shape[0], dtype=accumulation_dtype(x.dtype)) for j in projections]
+
+
+def _backward(
+    dys: list[Tensor],
+    x: Tensor | None,
+    ps: list[Tensor],
+    dtype: torch.dtype,
+    need_x: bool,
+    needs: list[bool],
+    tensors: list[Tensor],
+    given: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    kernels, projections = _ready(dys[0], tensors, given, backend)
+    with torch.autocast(dys[0].device.type, enabled=False):
+        dx, of_projections = backward(kernels, dys, x, projections, ps, need_x, _unpack_needs(needs), dtype)
+    grads = [dx] + [g for of_one in of_projections for g in of_one]
+    return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]
+
+
+def _backward_fake(
+    dys: list[Tensor],
+    x: Tensor | None,
+    ps: list[Tensor],
+    dtype: torch.dtype,
+    need_x: bool,
+    needs: list[bool],
+    tensors: list[Tensor],
+    given: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    dy, projections = dys[0], unpack_projections(tensors, given)
+    like = [dy.new_empty(*dy.shape[:-1], projections[0].lora_A.shape[1], dtype=dtype)]
+    for j in projections:
+        like += [j.weight, j.lora_A, j.lora_B, j.routing, j.gate, j.bias, j.scaling]
+    wanted = [need_x, *needs]
+    return [t.new_empty(t.shape) if want else dy.new_empty(0) for t, want in zip(like, wanted, strict=True)]
+
+
+routed_lora = define_operator(
+    "routed_lora(Tensor x, Tensor[] tensors, bool[] given, str backend) -> Tensor[]", _forward, _forward_fake
+)
+routed_lora_backward = define_operator(
+    "routed_lora_backward(Tensor[] dys, Tensor? x, Tensor[] ps, ScalarType dtype, bool need_x, bool[] needs, "
+    "Tensor[] tensors, bool[] given, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)

@@ -1,0 +1,145 @@
+"""The primitives of routed LoRA on ATen matmuls: every device, no compiler.
+
+In 16 bit the low-rank term is laid down first and the large product accumulates on it inside the matmul (beta = 1, fp32
+sums, one rounding): added to an output that is already rounded, a small adapter would be lost. The bias comes last.
+Sums that must come back unrounded (p, h, dA, U) use an fp32 output where the device's matmul has one (CUDA), else blocks
+of rows converted to fp32; blocks also bound the scratch of dropout. Scratch: ``SCRATCH_BYTES`` of converted or masked
+rows, and one masked copy of the low-rank part of dx at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...reference.routed_lora import accumulation_dtype
+from ..dropout_mask import dropout_mask
+from .algebra import Dropout
+
+# A block of fp32 rows that stays in a CPU's cache between its uses; on a GPU large enough to fill it.
+SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+
+def _is_16_bit(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _row_blocks(M: int, columns: int, device: torch.device) -> Iterator[slice]:
+    rows = max(SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cuda"]) // (4 * max(columns, 1)), 64)
+    for start in range(0, M, rows):
+        yield slice(start, min(start + rows, M))
+
+
+def _kept(block: slice, columns: int, dropout: Dropout) -> Tensor:
+    return dropout_mask(dropout.seed, dropout.threshold, block.start, block.stop - block.start, columns)
+
+
+def _dropped(big: Tensor, block: slice, dropout: Dropout | None) -> Tensor:
+    rows = big[block]
+    if dropout is None:
+        return rows
+    return torch.where(_kept(block, big.shape[1], dropout), rows, torch.zeros((), dtype=big.dtype, device=big.device))
+
+
+def _matmul_unrounded(a: Tensor, b: Tensor) -> Tensor:
+    """a·b with the sums returned as they are accumulated; 16-bit operands on a CPU are converted first."""
+    acc = accumulation_dtype(a.dtype)
+    if a.dtype == acc:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=acc)
+    return a.to(acc) @ b.to(acc)
+
+
+def _in_one_piece(big: Tensor, dropout: list[Dropout | None]) -> bool:
+    return not any(dropout) and (big.is_cuda or not _is_16_bit(big.dtype))
+
+
+def _split(t: Tensor, ranks: list[int], dim: int) -> list[Tensor]:
+    """The parts as tensors of their own: outputs of one operator may not share storage."""
+    return [t] if len(ranks) == 1 else [part.clone(memory_format=torch.contiguous_format) for part in t.split(ranks, dim)]
+
+
+def shrink(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> list[Tensor]:
+    """mask_j ⊙ big [M, K] times small_jᵀ ([r_j, K]) → [M, r_j] in the accumulation dtype; big is read once."""
+    ranks = [t.shape[0] for t in small]
+    if _in_one_piece(big, dropout):
+        return _split(_matmul_unrounded(big, torch.cat(small).mT if len(small) > 1 else small[0].mT), ranks, 1)
+    acc = accumulation_dtype(big.dtype)
+    out = [big.new_empty(big.shape[0], r, dtype=acc) for r in ranks]
+    for block in _row_blocks(*big.shape, big.device):
+        shared = None if all(dropout) else big[block].to(acc)
+        for t, d, o in zip(small, dropout, out, strict=True):
+            o[block] = (shared if d is None else _dropped(big, block, d).to(acc)) @ t.to(acc).mT
+    return out
+
+
+def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> list[Tensor]:
+    """small_jᵀ ([M, r_j]) times mask_j ⊙ big [M, K] → [r_j, K] in the accumulation dtype; big is read once."""
+    ranks = [t.shape[1] for t in small]
+    if _in_one_piece(big, dropout):
+        return _split(_matmul_unrounded((torch.cat(small, 1) if len(small) > 1 else small[0]).mT, big), ranks, 0)
+    acc = accumulation_dtype(big.dtype)
+    out = [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]
+    for block in _row_blocks(*big.shape, big.device):
+        shared = None if all(dropout) else big[block].to(acc)
+        for t, d, o in zip(small, dropout, out, strict=True):
+            o.addmm_(t[block].to(acc).mT, shared if d is None else _dropped(big, block, d).to(acc))
+    return out
+
+
+def linear(
+    products: list[tuple[Tensor, Tensor]],
+    low_rank: list[tuple[Tensor, Tensor, Dropout | None]],
+    bias: Tensor | None = None,
+    base_output: Tensor | None = None,
+) -> Tensor:
+    """Σ a_i·b_i + Σ mask_j ⊙ (q_j·C_j) + bias + base_output [M, N], in base_output's dtype or that of the operands."""
+    if base_output is not None:
+        return _onto_base(base_output, low_rank, bias)
+    y = _lay_down(low_rank)
+    if len(products) > 1 and _is_16_bit(y.dtype):
+        _accumulate_several(y, products)
+    else:
+        for a, b in products:
+            y.addmm_(a, b)
+    return y if bias is None else y.add_(bias)
+
+
+def _lay_down(low_rank: list[tuple[Tensor, Tensor, Dropout | None]]) -> Tensor:
+    if not any(d for _, _, d in low_rank):
+        qs, Cs = [q for q, _, _ in low_rank], [C for _, C, _ in low_rank]
+        return (torch.cat(qs, 1) if len(qs) > 1 else qs[0]) @ (torch.cat(Cs) if len(Cs) > 1 else Cs[0])
+    q, C, _ = low_rank[0]
+    y = q.new_empty(q.shape[0], C.shape[1])
+    for block in _row_blocks(*y.shape, y.device):
+        total: Tensor | None = None
+        for q, C, d in low_rank:
+            part = _matmul_unrounded(q[block], C)
+            part = part if d is None else part.mul_(_kept(block, y.shape[1], d))
+            total = part if total is None else total.add_(part)
+        y[block] = total
+    return y
+
+
+def _accumulate_several(y: Tensor, products: list[tuple[Tensor, Tensor]]) -> None:
+    """y += Σ a_i·b_i with one rounding: one matmul over the joined inner dimension, by blocks of columns to bound the copy."""
+    a = torch.cat([a for a, _ in products], 1)
+    width = max(SCRATCH_BYTES["cuda"] // (a.element_size() * max(a.shape[1], 1)), 64)
+    for start in range(0, y.shape[1], width):
+        columns = slice(start, start + width)
+        y[:, columns].addmm_(a, torch.cat([b[:, columns] for _, b in products]))
+
+
+def _onto_base(base_output: Tensor, low_rank: list[tuple[Tensor, Tensor, Dropout | None]], bias: Tensor | None) -> Tensor:
+    ((q, C, _),) = low_rank
+    if base_output.dtype == q.dtype:
+        y = torch.addmm(base_output, q, C)
+        return y if bias is None else y.add_(bias)
+    y = torch.empty(base_output.shape, dtype=base_output.dtype, device=base_output.device)
+    for block in _row_blocks(*y.shape, y.device):
+        total = _matmul_unrounded(q[block], C) + base_output[block]
+        y[block] = total if bias is None else total.add_(bias)
+    return y

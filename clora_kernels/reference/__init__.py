@@ -1,0 +1,1 @@
+"""What each operation computes, in plain PyTorch: the equations, their gradients, and sample inputs."""
