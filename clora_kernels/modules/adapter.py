@@ -1,0 +1,222 @@
+"""What every drop-in adapted nn.Linear shares: its base layer, merging that can be undone, and its state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+# Rows of the weight that are merged at a time: bounds the fp32 copy.
+_MERGE_ROWS = 1024
+
+
+def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 under a 16-bit weight, as PEFT keeps adapters; else the weight's own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be adapted, or None. Exact types: a subclass's forward may do more than a product."""
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    if type(module) is not nn.Linear and not is_conv1d:
+        return f"{type(module).__name__} is neither nn.Linear nor Conv1D"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not a floating-point tensor"
+    return None
+
+
+class AdapterLinear(nn.Linear):
+    """nn.Linear with an adapter beside ``weight`` and ``bias``. A subclass registers the adapter's tensors and says how they are
+    merged (``_merged_rows``) and started anew (``reset_adapter``)."""
+
+    fan_in_fan_out: bool
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_base(nn.Linear, {"in_features": in_features, "out_features": out_features})
+
+    @classmethod
+    def _around(cls, linear: nn.Module) -> Self:
+        why_not = why_not_adaptable(linear)
+        if why_not:
+            raise TypeError(f"linear: got {type(linear).__name__}, expected a plain nn.Linear or Conv1D; {why_not}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._set_base(type(linear), {k: v for k, v in vars(linear).items() if k[0] != "_" and k != "training"})
+        self.out_features, self.in_features = linear.weight.shape[:: -1 if self.fan_in_fan_out else 1]
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        return self
+
+    def _set_base(self, base_type: type[nn.Module], attributes: dict[str, Any]) -> None:
+        self.fan_in_fan_out = not issubclass(base_type, nn.Linear)
+        self._base = (base_type, attributes)
+        self._merged = False
+        self._keep(None)
+
+    def to_linear(self) -> nn.Module:
+        """The layer this one was made around, sharing ``weight`` and ``bias``; the adapter is left out."""
+        base_type, attributes = self._base
+        linear = base_type.__new__(base_type)
+        nn.Module.__init__(linear)
+        vars(linear).update(attributes)
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.training = self.training
+        return linear
+
+    def reset_adapter(self) -> None:
+        """Start the adapter anew, so that the layer is its base layer."""
+        raise NotImplementedError
+
+    def _merged_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        """``weight`` ``[n, K]``, the given rows of the base weight, with the adapter's part of those rows added."""
+        raise NotImplementedError
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError where the adapter has no single merged weight."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the adapter too."""
+        return self._merged
+
+    @torch.no_grad()
+    def merge(self, backup: str | None = "device") -> None:
+        """Put the adapter into ``weight``, so that the layer costs what nn.Linear costs. Merging again starts from the original.
+
+        Args:
+            backup: where the original weight waits for :meth:`unmerge`, N·K more memory there: "device" (``weight`` becomes a
+                new Parameter, so tensors tied to the original keep their values), "cpu", or None (it cannot be had back; these
+                two overwrite the weight's memory, also for whatever is tied to it).
+
+        Raises:
+            ValueError: an unknown backup; an adapter that has no single merged weight.
+            RuntimeError: merged before with backup=None.
+        """
+        if backup not in ("device", "cpu", None):
+            raise ValueError(f"backup: got {backup!r}, expected 'device', 'cpu' or None")
+        self.check_mergeable()
+        if self._merged:
+            self.unmerge()
+        original = self.weight
+        if backup == "device":
+            self.weight = nn.Parameter(torch.empty_like(original), requires_grad=False)
+            self._write_merged(original, into=self.weight)
+            self._keep(original)
+        else:
+            self._keep(original.detach().to("cpu", copy=True) if backup == "cpu" else None)
+            self._write_merged(original, into=original)
+        self._merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the original weight bit for bit; nothing happens to a layer that is not merged.
+
+        Raises:
+            RuntimeError: merged with backup=None.
+        """
+        if not self._merged:
+            return
+        original = self._original()
+        if isinstance(original, nn.Parameter):
+            self.weight = original
+        else:
+            self.weight.copy_(original)
+        self._keep(None)
+        self._merged = False
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the adapter into ``weight`` for good and start it anew; ``state_dict`` then holds the new weight."""
+        self.check_mergeable()
+        self.unmerge()
+        self._write_merged(self.weight, into=self.weight)
+        self.reset_adapter()
+
+    def _write_merged(self, original: Tensor, into: Tensor) -> None:
+        out, weight = (into.mT, original.mT) if self.fan_in_fan_out else (into, original)
+        for start in range(0, self.out_features, _MERGE_ROWS):
+            rows = slice(start, start + _MERGE_ROWS)
+            out[rows] = self._merged_rows(weight[rows], rows)
+
+    def _keep(self, original: Tensor | None) -> None:
+        # A plain attribute: registered, the backup would show up in parameters() and be trained, saved and counted.
+        object.__setattr__(self, "_unmerged", original)
+
+    def _original(self) -> Tensor:
+        if self._unmerged is None:
+            raise RuntimeError(
+                "RoutedLoRALinear was merged with backup=None: the original weight is gone; fold() makes that permanent, "
+                "merge(backup='cpu') keeps it"
+            )
+        return self._unmerged
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters: what an optimiser of this layer should get."""
+        return (self.get_parameter(k) for k in self._adapter_names() if k in self._parameters)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The adapter's tensors by name, detached, sharing memory."""
+        return {k: getattr(self, k).detach() for k in self._adapter_names()}
+
+    def _adapter_names(self) -> list[str]:
+        names = [*self._parameters, *self._buffers]
+        return [k for k in names if k not in ("weight", "bias") and getattr(self, k) is not None]
+
+    @torch.no_grad()
+    def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy an adapter in, strictly; nothing is written unless everything fits.
+
+        Raises:
+            ValueError: missing or unexpected names, or a shape that differs; says which.
+            RuntimeError: the layer is merged.
+        """
+        if self._merged:
+            raise RuntimeError("layer is merged: call unmerge() before loading an adapter")
+        own = self.adapter_state_dict()
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        if missing or unexpected:
+            raise ValueError(f"state_dict: missing {missing}, unexpected {unexpected}, expected exactly {sorted(own)}")
+        for name, tensor in own.items():
+            if state_dict[name].shape != tensor.shape:
+                got, expected = tuple(state_dict[name].shape), tuple(tensor.shape)
+                raise ValueError(f"state_dict[{name!r}]: got shape {got}, expected {expected}")
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged:
+            original = self._original()
+            destination[prefix + "weight"] = original if keep_vars else original.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._merged:
+            error_msgs.append(f"{prefix[:-1] or 'layer'} is merged: call unmerge() before loading a state_dict")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        adapter = {prefix + k for k in self._adapter_names()}
+        if not adapter & state_dict.keys():
+            missing_keys[:] = [k for k in missing_keys if k not in adapter]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if isinstance(self._unmerged, nn.Parameter):
+            self._unmerged.data = fn(self._unmerged.data)
+        return self

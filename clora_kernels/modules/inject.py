@@ -1,0 +1,178 @@
+"""Swap the linear layers of a model for adapted ones by name, and back; act on all adapted layers of a model at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .adapter import AdapterLinear, why_not_adaptable
+from .routed_lora import RoutedLoRALinear
+
+Targets = str | re.Pattern[str] | Iterable[str]
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What :func:`inject` did: names swapped, names that matched and were left alone with the reason, targets without a match."""
+
+    swapped: list[str]
+    left: list[tuple[str, str]]
+    unmatched: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}: {', '.join(self.swapped)}"]
+        lines += [f"left alone {name}: {why}" for name, why in self.left]
+        lines += [f"target {target!r} matched nothing" for target in self.unmatched]
+        return "\n".join(lines)
+
+
+def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets: Targets) -> InjectReport:
+    """Replace the linear layers of ``model`` that ``targets`` name by ``factory(layer)``, in place.
+
+    Args:
+        model: any module; a layer that stands in several places is made once and replaced in all of them.
+        factory: gets the nn.Linear (or Conv1D), returns its replacement, for instance
+            ``lambda linear: RoutedLoRALinear.from_linear(linear, r=8)``.
+        targets: as in PEFT: a list of names, each of which matches the end of a module's path at a dot (``"q_proj"``,
+            ``"layers.0.q_proj"``), or one regular expression that matches whole paths.
+
+    Returns:
+        The report. Layers that are adapted already, are not exactly nn.Linear or Conv1D, carry hooks or parametrisations, or sit
+        where a parent reads their weight without calling them (nn.MultiheadAttention, nn.TransformerEncoderLayer) are left alone.
+
+    Raises:
+        ValueError: nothing was swapped; says what the model has instead. The model is as it was.
+    """
+    matches, unmatched = _match(model, targets)
+    left = [(name, why) for name, module, parent in matches if (why := _why_left(module, parent)) is not None]
+    skipped = {name for name, _ in left}
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module, _ in matches:
+        if name not in skipped and module not in made:
+            made[module] = factory(module)
+    if not made:
+        linear = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
+        reasons = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])
+        have = f"linear layers are {', '.join(linear[:10])}{', ...' if len(linear) > 10 else ''}" if linear else "none"
+        raise ValueError(f"targets: got {targets!r}, which swaps nothing in {type(model).__name__} ({have}){reasons}")
+    swapped = [name for name, _, _ in matches if name not in skipped]
+    for name, module, parent in matches:
+        if name not in skipped:
+            setattr(parent, name.rpartition(".")[2], made[module])
+    return InjectReport(swapped, left, unmatched)
+
+
+def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Put the base layers back, without their adapters: the inverse of :func:`inject`; merged layers are unmerged first.
+
+    Returns:
+        name → ``adapter_state_dict()`` of every layer taken out, for ``load_adapter_state_dict`` after a later inject.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+        RuntimeError: one was merged with backup=None.
+    """
+    adapters: dict[str, dict[str, Tensor]] = {}
+    plain: dict[nn.Module, nn.Module] = {}
+    for layer in _adapted(model).values():
+        layer.unmerge()
+        plain[layer] = layer.to_linear()
+    for name, module, parent in _children(model):
+        if isinstance(module, AdapterLinear):
+            adapters[name] = module.adapter_state_dict()
+            setattr(parent, name.rpartition(".")[2], plain[module])
+    return adapters
+
+
+def merge_all(model: nn.Module, backup: str | None = "device") -> list[str]:
+    """:meth:`merge` every adapted layer of ``model``; returns their names. Raises ValueError if there is none."""
+    layers = _adapted(model)
+    for layer in layers.values():
+        layer.merge(backup=backup)
+    return list(layers)
+
+
+def unmerge_all(model: nn.Module) -> list[str]:
+    """:meth:`unmerge` every adapted layer of ``model``; returns their names. Raises ValueError if there is none."""
+    layers = _adapted(model)
+    for layer in layers.values():
+        layer.unmerge()
+    return list(layers)
+
+
+def freeze_base(model: nn.Module) -> list[str]:
+    """Leave only adapters trainable: ``requires_grad`` False everywhere else. Raises ValueError if there is no adapter.
+
+    Returns:
+        The names of the parameters that are trainable now. An adapter parameter that was frozen stays so.
+    """
+    keep = {p for layer in _adapted(model).values() for p in layer.adapter_parameters()}
+    for parameter in model.parameters():
+        if parameter not in keep:
+            parameter.requires_grad_(False)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def to_lora(model: nn.Module) -> dict[str, Tensor]:
+    """Fold every routing (frozen and live) into lora_B: ordinary LoRA of the same rank and ``scaling``, equal outputs.
+
+    Returns:
+        The adapter under PEFT's key names (``base_model.model.<layer>.lora_A.weight``, ...), detached. PEFT's ``lora_alpha`` is
+        then ``scaling``·rank of lora_A.
+
+    Raises:
+        ValueError: no routed LoRA layer, or one with a bank of routings; the model is as it was.
+    """
+    layers = {name: layer for name, layer in _adapted(model).items() if isinstance(layer, RoutedLoRALinear)}
+    for layer in layers.values():
+        layer.check_mergeable()
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        layer.fold_routing()
+        lora_A, lora_B, _, _ = layer.adapter_tensors()
+        state[f"base_model.model.{name}.lora_A.weight"] = lora_A.detach()
+        state[f"base_model.model.{name}.lora_B.weight"] = lora_B.detach()
+    return state
+
+
+def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without an adapted layer, expected at least one; see inject()")
+    return layers
+
+
+def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, module, parent) of everything below ``model``, shared modules once for each place they stand in."""
+    for parent_name, parent in list(model.named_modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is not None:
+                yield (f"{parent_name}.{child_name}" if parent_name else child_name), child, parent
+
+
+def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[str]]:
+    """Children that a target names, and targets that name nothing. A regular expression that matches containers is fine."""
+    if isinstance(targets, (str, re.Pattern)):
+        pattern = re.compile(targets)
+        named = {pattern.pattern: [c for c in _children(model) if pattern.fullmatch(c[0]) and not list(c[1].children())]}
+    else:
+        named = {t: [c for c in _children(model) if c[0] == t or c[0].endswith("." + t)] for t in targets}
+    matches = {place[0]: place for found in named.values() for place in found}
+    return list(matches.values()), [target for target, found in named.items() if not found]
+
+
+def _why_left(module: nn.Module, parent: nn.Module) -> str | None:
+    if isinstance(module, AdapterLinear):
+        return "it is adapted already"
+    why = why_not_adaptable(module)
+    if why is not None:
+        return why
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it carries hooks, which its replacement would lose"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer's inference path reads its weight without calling it"
+    return None
+

@@ -1,0 +1,91 @@
+"""One nn.Linear that holds several projections (a fused qkv), with a LoRA on some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer import RoutedLoRALinear
+
+
+class RoutedLoRAFusedLinear(RoutedLoRALinear):
+    """A routed LoRA on slices of the output of one linear layer, with one product of x and the whole weight.
+
+    Slice j is the columns ``slices[j] = (start, stop)`` of y and has an adapter of rank r of its own. Together they are one
+    routed LoRA of rank n·r whose C is block-diagonal, so the call is that of :class:`RoutedLoRALinear`: one read of x, one
+    dropout draw. A gate has n·r entries, slice by slice.
+
+    Parameters: lora_A ``[n·r, K]``, lora_B ``[Σ widths, r]``, routing and frozen_routing ``[n, r, r]``, each slice after slice.
+    """
+
+    slices: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls,
+        linear: nn.Module,
+        r: int,
+        *,
+        slices: Sequence[tuple[int, int]],
+        routing: bool = True,
+        frozen_routing: bool = False,
+        scaling: float | nn.Parameter = 1.0,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> RoutedLoRAFusedLinear:
+        """As :meth:`RoutedLoRALinear.from_linear`; ``slices`` ascend and do not overlap.
+
+        Raises:
+            ValueError: no slices, slices that overlap, descend or leave the output; a bank of routings.
+        """
+        self = cls._around(linear)
+        edges = [edge for pair in slices for edge in pair]
+        inside = edges and edges[0] >= 0 and edges[-1] <= self.out_features
+        if not inside or any(a > b for a, b in zip(edges, edges[1:], strict=False)) or any(a == b for a, b in slices):
+            raise ValueError(
+                f"slices: got {list(slices)}, expected ascending (start, stop) pairs that do not overlap, within "
+                f"0..{self.out_features}"
+            )
+        if not isinstance(routing, bool):
+            raise ValueError(f"routing: got {routing!r}, expected True or False; a fused layer has no bank of routings")
+        self.slices = tuple((int(a), int(b)) for a, b in slices)
+        self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
+        return self
+
+    def _adapter_shapes(self, routing: bool | int) -> dict[str, tuple[int, ...]]:
+        n = len(self.slices)
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (n * self.r, self.in_features),
+            "lora_B": (sum(stop - start for start, stop in self.slices), self.r),
+        }
+        return {**shapes, "routing": (n, self.r, self.r)} if routing else shapes
+
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As one routed LoRA of rank n·r: lora_A, block-placed lora_B ``[N, n·r]``, block-diagonal routings."""
+        routing, frozen = (None if R is None else torch.block_diag(*R) for R in (self.routing, self.frozen_routing))
+        return self.lora_A, self._placed(self._parts_of_B()), routing, frozen
+
+    def _parts_of_B(self) -> list[Tensor]:
+        return list(self.lora_B.split([stop - start for start, stop in self.slices]))
+
+    def _placed(self, parts: list[Tensor]) -> Tensor:
+        n, rows, end = len(parts), [], 0
+        for j, (part, (start, stop)) in enumerate(zip(parts, self.slices, strict=True)):
+            rows.append(part.new_zeros(start - end, n * self.r))
+            rows.append(F.pad(part, (j * self.r, (n - 1 - j) * self.r)))
+            end = stop
+        rows.append(parts[0].new_zeros(self.out_features - end, n * self.r))
+        return torch.cat(rows)
+
+    def _routed_B(self, total: Tensor) -> Tensor:
+        return torch.cat([part @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
+
+    def check_mergeable(self) -> None:
+        """The leading dimension counts slices, not tasks: there is always one merged weight."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slices={list(self.slices)}"

@@ -1,0 +1,220 @@
+"""``nn.Linear`` with a routed LoRA: same ``weight`` and ``bias`` keys, same call, one fused sum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
+from ...dispatch.routed_lora import choose
+from ..adapter import AdapterLinear, default_adapter_dtype
+
+class RoutedLoRALinear(AdapterLinear):
+    """y = x·weightᵀ + bias + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ.
+
+    Starts as LoRA does: lora_A Kaiming-uniform, lora_B zero, routing the identity, so y is the linear layer's.
+    ``state_dict`` holds ``weight`` and ``bias`` as nn.Linear's does, unmerged whatever the state of the layer, and the adapter
+    beside them; a checkpoint of the plain layer loads and leaves the adapter as it is.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        r: rank.
+        routing: True for one ``[r, r]``, False for none (plain LoRA), an int T for a bank ``[T, r, r]``.
+        frozen_routing: whether to keep a buffer of the shape of ``routing`` for what earlier tasks learned (zeros).
+        scaling: a number, or a 0-dim nn.Parameter to learn it.
+        dropout_p: dropout on the adapter's input while training.
+        adapter_dtype: dtype of the adapter; fp32 under a 16-bit weight, else the weight's.
+        backend: as in :func:`clora_kernels.routed_lora_linear`.
+
+    Raises:
+        ValueError: r < 1, dropout_p outside [0, 1], frozen_routing without routing.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        bias: bool = True,
+        routing: bool | int = True,
+        frozen_routing: bool = False,
+        scaling: float | nn.Parameter = 1.0,
+        dropout_p: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        *,
+        routing: bool | int = True,
+        frozen_routing: bool = False,
+        scaling: float | nn.Parameter = 1.0,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> RoutedLoRALinear:
+        """Around an nn.Linear, or transformers' Conv1D (weight ``[K, N]``), whose parameters it shares, copying nothing.
+
+        Raises:
+            TypeError: another type, a subclass (its forward may do more than a product), or a weight that is not floating.
+        """
+        self = cls._around(linear)
+        self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
+        return self
+
+    def _add_adapter(
+        self,
+        r: int,
+        routing: bool | int,
+        frozen_routing: bool,
+        scaling: float | nn.Parameter,
+        dropout_p: float,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number from 0 to 1")
+        if frozen_routing and routing is False:
+            raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
+        choose(self.weight.dtype, self.weight.device, False, backend)
+        self.r, self.dropout_p, self.backend = r, dropout_p, backend
+        self.scaling = scaling
+        dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
+        shapes = self._adapter_shapes(routing)
+        empty = {k: torch.empty(v, dtype=dtype, device=self.weight.device) for k, v in shapes.items()}
+        self.lora_A, self.lora_B = nn.Parameter(empty["lora_A"]), nn.Parameter(empty["lora_B"])
+        self.register_parameter("routing", nn.Parameter(empty["routing"]) if "routing" in empty else None)
+        self.register_buffer("frozen_routing", torch.empty_like(empty["routing"]) if frozen_routing else None)
+        self.reset_adapter()
+
+    def _adapter_shapes(self, routing: bool | int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (self.r, self.in_features),
+            "lora_B": (self.out_features, self.r),
+        }
+        if routing is not False:
+            shapes["routing"] = (self.r, self.r) if routing is True else (routing, self.r, self.r)
+        return shapes
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Start the adapter anew: lora_A Kaiming-uniform (a = √5), lora_B zero, routing the identity, frozen_routing zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B.zero_()
+        if self.routing is not None:
+            self.routing.copy_(torch.eye(self.r, dtype=self.routing.dtype, device=self.routing.device))
+        if self.frozen_routing is not None:
+            self.frozen_routing.zero_()
+
+    def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """lora_A ``[r, K]``, lora_B ``[N, r]``, routing and frozen_routing as the functions take them."""
+        return self.lora_A, self.lora_B, self.routing, self.frozen_routing
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        gate: Tensor | None = None,
+        routing_index: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
+        """y ``[..., out_features]`` for x ``[..., in_features]``; arguments as in :func:`clora_kernels.routed_lora_linear`.
+
+        Raises:
+            RuntimeError: merged and in training mode, where the adapter would silently get no gradient.
+            ValueError: merged and called with ``gate`` or ``routing_index``, which the merged weight knows nothing of.
+        """
+        if self._merged:
+            if self.training:
+                raise RuntimeError("RoutedLoRALinear is merged: call eval() to use the merged weight or unmerge() to train")
+            if gate is not None or routing_index is not None:
+                name = "gate" if gate is not None else "routing_index"
+                raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
+            return F.linear(x, self.weight.mT if self.fan_in_fan_out else self.weight, self.bias)
+        return routed_lora_linear(**self.call_arguments(x, gate, routing_index, dropout_seed))
+
+    def call_arguments(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        routing_index: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The arguments with which :meth:`forward` calls :func:`clora_kernels.routed_lora_linear`."""
+        lora_A, lora_B, routing, frozen_routing = self.adapter_tensors()
+        return {
+            "x": x,
+            "weight": self.weight.mT if self.fan_in_fan_out else self.weight,
+            "lora_A": lora_A,
+            "lora_B": lora_B,
+            "routing": routing,
+            "bias": self.bias,
+            "frozen_routing": frozen_routing,
+            "routing_index": routing_index,
+            "gate": gate,
+            "scaling": self.scaling,
+            "dropout_p": self.dropout_p,
+            "dropout_seed": dropout_seed,
+            "training": self.training,
+            "backend": self.backend,
+        }
+
+    def _merged_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        lora_A, lora_B, routing, frozen_routing = self.adapter_tensors()
+        return merge_routed_lora(
+            weight, lora_A, lora_B[rows], routing, frozen_routing=frozen_routing, scaling=self.scaling
+        )
+
+    @torch.no_grad()
+    def fold_routing(self) -> None:
+        """Make this an ordinary LoRA of the same rank: lora_B ← lora_B·(frozen_routing + routing)ᵀ, and no routing.
+
+        Raises:
+            ValueError: a bank of routings.
+        """
+        self.check_mergeable()
+        if self.routing is None:
+            return
+        self.unmerge()
+        total = self.routing if self.frozen_routing is None else self.routing + self.frozen_routing
+        self.lora_B.copy_(self._routed_B(total))
+        self.routing = None
+        self.frozen_routing = None
+
+    def _routed_B(self, total: Tensor) -> Tensor:
+        return self.lora_B @ total.mT
+
+    def check_mergeable(self) -> None:
+        if self.routing is not None and self.routing.dim() == 3:
+            raise ValueError(
+                f"routing: got a bank of {self.routing.shape[0]}, expected a single routing: samples that take different "
+                "routings have no common weight"
+            )
+
+    def extra_repr(self) -> str:
+        path = "merged" if self._merged else choose(self.weight.dtype, self.weight.device, False, self.backend).backend
+        scaling = f"{float(self.scaling):g}" if self.weight.device.type != "meta" else "?"
+        routing = "None" if self.routing is None else str(tuple(self.routing.shape))
+        frozen = "" if self.frozen_routing is None else ", frozen_routing"
+        return (
+            f"{super().extra_repr()}, r={self.r}, routing={routing}{frozen}, scaling={scaling}, "
+            f"dropout_p={self.dropout_p:g}, path={path}"
+        )

@@ -1,0 +1,111 @@
+"""What runs here and why: ``info()`` for the installation, ``explain()`` for one call."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import extension
+from .autograd import routed_lora
+from .autograd.routed_lora.functions import explain_call
+from .dispatch import routed_lora as routed_lora_dispatch
+from .dispatch.choice import Choice
+from .modules.routed_lora import RoutedLoRALinear
+
+_OPERATIONS = {"routed_lora": routed_lora_dispatch.MISSING}
+_FUNCTIONS = (routed_lora.routed_lora_linear, routed_lora.routed_lora_linear_group, routed_lora.routed_lora_delta)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """One backend or compiled part: whether it can be used, and why, or why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<24} {'yes' if self.available else 'no ':<4} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, devices, compiled parts, and the backends of each operation."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    parts: list[Availability]
+    backends: dict[str, list[Availability]]
+
+    def __str__(self) -> str:
+        lines = [f"{name:<24} {version}" for name, version in self.versions.items()]
+        lines += [f"{'device':<24} {device}" for device in self.devices]
+        lines += ["", "compiled parts"] + [str(part) for part in self.parts]
+        for operation, backends in self.backends.items():
+            lines += ["", operation] + [str(backend) for backend in backends]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What is installed, built and available here and, for each thing that is not, why. Prints as a table."""
+    parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
+    return Info(_versions(), _devices(), parts, {op: _backends(missing) for op, missing in _OPERATIONS.items()})
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Which backend and strategy the call ``fn(*args, **kwargs)`` takes, and why. Checks the arguments, runs nothing.
+
+    Args:
+        fn: a function of this package, or a :class:`RoutedLoRALinear`.
+
+    Raises:
+        TypeError: another ``fn``; arguments it does not take. ValueError and the like as the call itself would.
+    """
+    if isinstance(fn, RoutedLoRALinear):
+        if fn.merged:
+            return Choice("aten", "F.linear on the merged weight", "the layer is merged")
+        return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(*args, **kwargs))
+    if fn not in _FUNCTIONS:
+        known = ", ".join(f.__name__ for f in _FUNCTIONS)
+        raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
+    bound = inspect.signature(fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return explain_call(fn, bound.arguments)
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    versions = {"python": platform.python_version(), "clora_kernels": __version__}
+    for name in ("torch", "triton", "numpy", "peft", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _devices() -> list[str]:
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    if not torch.cuda.is_available():
+        why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        return [*found, f"cuda: none, {why}"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}")
+    return found
+
+
+def _backends(missing: dict[str, str]) -> list[Availability]:
+    always = {"reference": "plain PyTorch, any device", "aten": "ATen matmuls, any device"}
+    return [
+        Availability(name, name not in missing, missing.get(name, always.get(name, "")))
+        for name in ("reference", "aten", "triton", "native")
+    ]
