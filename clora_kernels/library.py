@@ -24,7 +24,8 @@ def define_operator(schema: str, implementation: Callable[..., Any], fake: Calla
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
-    """Call an operator from inside an ``autograd.Function``, whose backward it shares: its own autograd is stepped over."""
+    """Call an operator from inside an ``autograd.Function``, whose backward it shares: its own autograd is stepped
+    over."""
     if torch.compiler.is_compiling():
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():

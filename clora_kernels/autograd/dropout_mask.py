@@ -11,8 +11,8 @@ from .routed_lora.arguments import check_x, dropout_tensors
 def dropout_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> Tensor:
     """The elements of ``x`` that a routed LoRA with this ``dropout_p`` and ``dropout_seed`` keeps.
 
-    drop(x) = mask·x/(1 − t/65536) with t = round(65536·dropout_p). Philox-4x32-10 (Salmon et al., SC 2011) keyed by the seed, so
-    every backend and device draws the same bits; see ``clora_kernels.reference.dropout_mask``.
+    drop(x) = mask·x/(1 − t/65536) with t = round(65536·dropout_p). Philox-4x32-10 (Salmon et al., SC 2011) keyed by the
+    seed, so every backend and device draws the same bits; see ``clora_kernels.reference.dropout_mask``.
 
     Args:
         x: ``[..., K]``; only its shape and device are used.

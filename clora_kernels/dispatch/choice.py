@@ -25,7 +25,8 @@ def unavailable(op: str, backend: str, reason: str) -> ValueError:
 
 
 def check_backend(op: str, backend: str, missing: dict[str, str]) -> None:
-    """Raise ValueError unless ``backend`` is a known name that ``op`` has; ``missing`` maps the others to the reason."""
+    """Raise ValueError unless ``backend`` is a known name that ``op`` has; ``missing`` maps the others to the
+    reason."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend in missing:

@@ -1,9 +1,10 @@
-"""Routed LoRA: the dispatch rule and the operators ``torch.ops.clora_kernels.routed_lora`` and ``routed_lora_backward``.
+"""Routed LoRA: the dispatch rule and the operators ``torch.ops.clora_kernels.routed_lora`` and
+``routed_lora_backward``.
 
 One operator serves a layer (one projection of x) and a group (several). Projections travel as the list of their tensors
 and ``given``, which says for each field of each projection whether its tensor is there: dispatcher schemas have no
-differentiable lists of optional tensors. Gradients come back for x first, then for each ``Needs`` field of each projection;
-one that is not wanted is an empty tensor.
+differentiable lists of optional tensors. Gradients come back for x first, then for each ``Needs`` field of each
+projection; one that is not wanted is an empty tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, back
 
 
 def check_index(j: Projection) -> None:
-    """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode alone."""
+    """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
+    alone."""
     if j.routing_index is None or not j.routing_index.numel():
         return
     if j.routing_index.device.type != "cpu" and os.environ.get("CLORA_CHECK_INDICES") != "1":

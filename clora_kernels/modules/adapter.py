@@ -29,14 +29,12 @@ def why_not_adaptable(module: nn.Module) -> str | None:
 
 
 class AdapterLinear(nn.Linear):
-    """nn.Linear with an adapter beside ``weight`` and ``bias``. A subclass registers the adapter's tensors and says how they are
-    merged (``_merged_rows``) and started anew (``reset_adapter``)."""
+    """nn.Linear with an adapter beside ``weight`` and ``bias``. A subclass registers the adapter's tensors and says how
+    they are merged (``_merged_rows``) and started anew (``reset_adapter``)."""
 
     fan_in_fan_out: bool
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_base(nn.Linear, {"in_features": in_features, "out_features": out_features})
 
@@ -87,12 +85,13 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self, backup: str | None = "device") -> None:
-        """Put the adapter into ``weight``, so that the layer costs what nn.Linear costs. Merging again starts from the original.
+        """Put the adapter into ``weight``, so that the layer costs what nn.Linear costs. Merging again starts from the
+        original.
 
         Args:
-            backup: where the original weight waits for :meth:`unmerge`, N·K more memory there: "device" (``weight`` becomes a
-                new Parameter, so tensors tied to the original keep their values), "cpu", or None (it cannot be had back; these
-                two overwrite the weight's memory, also for whatever is tied to it).
+            backup: where the original weight waits for :meth:`unmerge`, N·K more memory there: "device" (``weight``
+                becomes a new Parameter, so tensors tied to the original keep their values), "cpu", or None (it cannot
+                be had back; these two overwrite the weight's memory, also for whatever is tied to it).
 
         Raises:
             ValueError: an unknown backup; an adapter that has no single merged weight.
@@ -151,7 +150,7 @@ class AdapterLinear(nn.Linear):
     def _original(self) -> Tensor:
         if self._unmerged is None:
             raise RuntimeError(
-                "RoutedLoRALinear was merged with backup=None: the original weight is gone; fold() makes that permanent, "
+                "layer was merged with backup=None: the original weight is gone; fold() makes that permanent, "
                 "merge(backup='cpu') keeps it"
             )
         return self._unmerged
@@ -206,7 +205,7 @@ class AdapterLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         if self._merged:
-            error_msgs.append(f"{prefix[:-1] or 'layer'} is merged: call unmerge() before loading a state_dict")
+            error_msgs.append(f"{prefix[:-1] or 'layer'} is merged: call unmerge() before loading")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

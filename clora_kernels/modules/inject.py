@@ -1,4 +1,5 @@
-"""Swap the linear layers of a model for adapted ones by name, and back; act on all adapted layers of a model at once."""
+"""Swap the linear layers of a model for adapted ones by name, and back; act on all adapted layers of a model at
+once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Targets = str | re.Pattern[str] | Iterable[str]
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What :func:`inject` did: names swapped, names that matched and were left alone with the reason, targets without a match."""
+    """What :func:`inject` did: names swapped, names that matched and were left alone with the reason, targets without a
+    match."""
 
     swapped: list[str]
     left: list[tuple[str, str]]
@@ -40,8 +42,9 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
             ``"layers.0.q_proj"``), or one regular expression that matches whole paths.
 
     Returns:
-        The report. Layers that are adapted already, are not exactly nn.Linear or Conv1D, carry hooks or parametrisations, or sit
-        where a parent reads their weight without calling them (nn.MultiheadAttention, nn.TransformerEncoderLayer) are left alone.
+        The report. Layers that are adapted already, are not exactly nn.Linear or Conv1D, carry hooks or
+        parametrisations, or sit where a parent reads their weight without calling them (nn.MultiheadAttention,
+        nn.TransformerEncoderLayer) are left alone.
 
     Raises:
         ValueError: nothing was swapped; says what the model has instead. The model is as it was.
@@ -66,7 +69,8 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
 
 
 def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Put the base layers back, without their adapters: the inverse of :func:`inject`; merged layers are unmerged first.
+    """Put the base layers back, without their adapters: the inverse of :func:`inject`; merged layers are unmerged
+    first.
 
     Returns:
         name → ``adapter_state_dict()`` of every layer taken out, for ``load_adapter_state_dict`` after a later inject.
@@ -120,8 +124,8 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
     """Fold every routing (frozen and live) into lora_B: ordinary LoRA of the same rank and ``scaling``, equal outputs.
 
     Returns:
-        The adapter under PEFT's key names (``base_model.model.<layer>.lora_A.weight``, ...), detached. PEFT's ``lora_alpha`` is
-        then ``scaling``·rank of lora_A.
+        The adapter under PEFT's key names (``base_model.model.<layer>.lora_A.weight``, ...), detached. PEFT's
+        ``lora_alpha`` is then ``scaling``·rank of lora_A.
 
     Raises:
         ValueError: no routed LoRA layer, or one with a bank of routings; the model is as it was.
@@ -141,7 +145,7 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
 def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
     if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without an adapted layer, expected at least one; see inject()")
+        raise ValueError(f"model: got {type(model).__name__} without an adapted layer, expected at least one")
     return layers
 
 
@@ -154,10 +158,12 @@ def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 
 
 def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[str]]:
-    """Children that a target names, and targets that name nothing. A regular expression that matches containers is fine."""
+    """Children that a target names, and targets that name nothing. A regular expression that matches containers is
+    fine."""
     if isinstance(targets, (str, re.Pattern)):
         pattern = re.compile(targets)
-        named = {pattern.pattern: [c for c in _children(model) if pattern.fullmatch(c[0]) and not list(c[1].children())]}
+        leaves = [child for child in _children(model) if not child[1]._modules]
+        named = {pattern.pattern: [child for child in leaves if pattern.fullmatch(child[0])]}
     else:
         named = {t: [c for c in _children(model) if c[0] == t or c[0].endswith("." + t)] for t in targets}
     matches = {place[0]: place for found in named.values() for place in found}
@@ -175,4 +181,3 @@ def _why_left(module: nn.Module, parent: nn.Module) -> str | None:
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer's inference path reads its weight without calling it"
     return None
-

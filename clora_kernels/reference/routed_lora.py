@@ -15,7 +15,8 @@ Backward. The frozen routing counts in dx and dgate; lora_A and lora_B learn thr
     dA = drop(x)ᵀ·(h_live ⊙ gate)                dB = s·Rᵀ·U            dR = s·U·Bᵀ
     dW = xᵀ·dy        db = Σ_m dy                ds = ⟨U, (R_frozen + R)·B⟩
 
-With a bank of routings [T, r, r] and routing_index [S] the routing acts on the [M, r] side, sample by sample (t = t(m)):
+With a bank of routings [T, r, r] and routing_index [S] the routing acts on the [M, r] side, sample by sample (t =
+t(m)):
 
     C = s·B           q′ = q·(R_frozen + R)_t    y = x·W + q′·C + b
     h′ = dy·Cᵀ        h = h′·(R_frozen + R)_tᵀ   h_live = h′·R_tᵀ
@@ -23,9 +24,9 @@ With a bank of routings [T, r, r] and routing_index [S] the routing acts on the 
 
 Without a routing the identity stands in its place.
 
-Rounding contract: the operands of every large matmul are rounded to x.dtype once, sums are fp32 (fp64 for fp64 inputs), each
-output is rounded once. Both functions below keep it, so run in bf16 they show the error that no kernel can avoid, and run
-on inputs converted to fp64 they are the truth.
+Rounding contract: the operands of every large matmul are rounded to x.dtype once, sums are fp32 (fp64 for fp64 inputs),
+each output is rounded once. Both functions below keep it, so run in bf16 they show the error that no kernel can avoid,
+and run on inputs converted to fp64 they are the truth.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def keep_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> tuple[Tensor, float] | None:
-    """drop(x) = mask ⊙ x as (which elements are kept, bool in the shape of x; what a kept one counts); None: nothing drops."""
+    """drop(x) = mask ⊙ x as (which elements are kept, bool in the shape of x; what a kept one counts); None: nothing
+    drops."""
     if dropout_p == 0.0 or dropout_seed is None:
         return None
     threshold = round(65536 * dropout_p)

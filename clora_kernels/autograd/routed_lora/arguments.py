@@ -114,11 +114,13 @@ def _check_broadcast(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def scaling_tensor(scaling: Any, x: Tensor) -> Tensor:
-    """``scaling`` as a 0-dim tensor. A float enters operators only so: as an argument it would recompile for each value."""
+    """``scaling`` as a 0-dim tensor. A float enters operators only so: as an argument it would recompile for each
+    value."""
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             raise ValueError(
-                f"scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim float tensor"
+                f"scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim float "
+                "tensor"
             )
         if scaling.device != x.device and scaling.device.type != "cpu":
             raise ValueError(f"scaling: got device {scaling.device}, expected {x.device} or cpu")
@@ -128,7 +130,9 @@ def scaling_tensor(scaling: Any, x: Tensor) -> Tensor:
     return _scalar(scaling, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
 
-def dropout_tensors(dropout_p: Any, dropout_seed: Any, training: bool, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def dropout_tensors(
+    dropout_p: Any, dropout_seed: Any, training: bool, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """(seed, threshold) of the draw, or (None, None) where nothing drops. A seed is drawn here, outside the operator:
     inside, common-subexpression elimination would give two layers one mask and checkpointing would replay another."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (numbers.Real, torch.SymFloat, torch.SymInt)):

@@ -56,21 +56,24 @@ def routed_lora_linear(
         y = x·weightᵀ + bias + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ
 
     With neither ``routing`` nor ``gate`` this is LoRA (Hu et al., arXiv 2106.09685); with both routings it is C-LoRA
-    (arXiv 2502.17920, eq. 4-5 and 11-17): ``frozen_routing`` carries earlier tasks, counts in y, dx, dgate and the gradient of
-    ``scaling``, and lora_A and lora_B learn through ``routing`` alone. All equations: ``clora_kernels.reference.routed_lora``.
+    (arXiv 2502.17920, eq. 4-5 and 11-17): ``frozen_routing`` carries earlier tasks, counts in y, dx, dgate and the
+    gradient of ``scaling``, and lora_A and lora_B learn through ``routing`` alone. All equations:
+    ``clora_kernels.reference.routed_lora``.
 
     Args:
         x: ``[..., K]``, fp32, bf16, fp16 (fp64 for checks); any leading dims, any strides, no rows at all.
         weight: ``[N, K]`` in the dtype of ``x``. Gets a gradient if it requires one; costs nothing if not.
-        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, any float dtype (usually fp32 under a 16-bit ``x``): rounded to x.dtype
-            once, gradients accumulated in fp32 and returned in the parameter's dtype. x and weight are never upcast.
-        routing: ``[r, r]``, or a bank ``[T, r, r]`` of which ``routing_index`` chooses one a sample. None is the identity.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, any float dtype (usually fp32 under a 16-bit ``x``): rounded to
+            x.dtype once, gradients accumulated in fp32 and returned in the parameter's dtype. x and weight are never
+            upcast.
+        routing: ``[r, r]``, or a bank ``[T, r, r]`` of which ``routing_index`` chooses one a sample. None is the
+            identity.
         bias: ``[N]``.
         frozen_routing: a constant of the shape of ``routing``.
-        routing_index: int64 or int32 ``[S]`` with S = x.shape[0]. Out of range: IndexError on a CPU; on a GPU clamped, or
-            IndexError with the environment variable ``CLORA_CHECK_INDICES=1`` (which syncs).
-        gate: anything that broadcasts to ``x.shape[:-1] + (r,)``: a diagonal routing ``[r]``, a gate a sample ``[S, 1, r]``
-            or a token ``[S, L, r]``.
+        routing_index: int64 or int32 ``[S]`` with S = x.shape[0]. Out of range: IndexError on a CPU; on a GPU clamped,
+            or IndexError with the environment variable ``CLORA_CHECK_INDICES=1`` (which syncs).
+        gate: anything that broadcasts to ``x.shape[:-1] + (r,)``: a diagonal routing ``[r]``, a gate a sample
+            ``[S, 1, r]`` or a token ``[S, L, r]``.
         scaling: a number, or a 0-dim tensor, which may require a gradient and never recompiles.
         dropout_p: probability with which an element of the adapter's x drops, in steps of 1/65536.
         dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
@@ -78,8 +81,8 @@ def routed_lora_linear(
         backend: "auto", "aten", or "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
-        y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype once, sums
-        are fp32, y is rounded once.
+        y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
+        once, sums are fp32, y is rounded once.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.
@@ -95,7 +98,7 @@ def routed_lora_linear(
 def routed_lora_linear_group(
     x: Tensor, adapters: Sequence[RoutedLoRA], *, training: bool = True, backend: str = "auto"
 ) -> list[Tensor]:
-    """Several routed LoRA layers of one x (q, k, v; gate, up): x is read once for all, dx is summed in fp32 and rounded once.
+    """Several routed LoRA layers of one x (q, k, v; gate, up): one read of x, one dx, summed in fp32 and rounded once.
 
     Args:
         x: ``[..., K]`` as in :func:`routed_lora_linear`.
@@ -139,9 +142,9 @@ def routed_lora_delta(
         y = base_output + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ
 
     Args:
-        base_output: ``[..., N]``, any float dtype; y has its dtype, else that of ``x``. The sum is fp32 and rounded once, but a
-            base output that is itself rounded to 16 bit has already lost what lies below its last bit: prefer
-            :func:`routed_lora_linear` wherever the weight is at hand.
+        base_output: ``[..., N]``, any float dtype; y has its dtype, else that of ``x``. The sum is fp32 and rounded
+            once, but a base output that is itself rounded to 16 bit has already lost what lies below its last bit:
+            prefer :func:`routed_lora_linear` wherever the weight is at hand.
         Everything else as in :func:`routed_lora_linear`.
 
     Returns:

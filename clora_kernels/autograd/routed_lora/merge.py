@@ -26,12 +26,13 @@ def merge_routed_lora(
 
     Args:
         weight: ``[N, K]``; not changed.
-        lora_A, lora_B, routing, frozen_routing, scaling: as in :func:`routed_lora_linear`; ``routing`` is one ``[r, r]``.
+        lora_A, lora_B, routing, frozen_routing, scaling: as in :func:`routed_lora_linear`; ``routing`` is one ``[r,
+            r]``.
         gate: ``[r]``; a gate that differs by sample or token has no merged weight.
 
     Returns:
-        ``[N, K]`` in the dtype of ``weight``: products and the sum in fp32 (fp64 for an fp64 weight), rounded once. The fp32
-        copy takes 4·N·K bytes while it runs; rows can be merged block by block, each with its rows of lora_B.
+        ``[N, K]`` in the dtype of ``weight``: products and the sum in fp32 (fp64 for an fp64 weight), rounded once. The
+        fp32 copy takes 4·N·K bytes while it runs; rows can be merged block by block, each with its rows of lora_B.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -40,7 +41,7 @@ def merge_routed_lora(
     if weight.dim() != 2:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected (N, K) = (out_features, in_features)")
     if isinstance(routing, Tensor) and routing.dim() == 3:
-        raise ValueError(f"routing: got a bank of shape {tuple(routing.shape)}, expected one (r, r); choose one to merge")
+        raise ValueError(f"routing: got a bank of shape {tuple(routing.shape)}, expected one (r, r)")
     s = scaling_tensor(scaling, weight)
     projection = Projection(weight, lora_A, lora_B, routing, frozen_routing, None, None, None, None, s, None, None)
     check_projection(weight, projection)

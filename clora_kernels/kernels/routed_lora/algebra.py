@@ -110,7 +110,8 @@ def _total_routing(j: Projection, acc: torch.dtype) -> Tensor | None:
 
 
 def _fold(j: Projection, R: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """C = s·R·B [r, N] in ``dtype``, with products in the accumulation dtype; s·B where a bank routes on the [M, r] side."""
+    """C = s·R·B [r, N] in ``dtype``, with products in the accumulation dtype; s·B where a bank routes on the [M, r]
+    side."""
     acc = accumulation_dtype(dtype)
     B = j.lora_B.to(acc).mT
     routed = B if R is None or j.bank else R @ B
@@ -133,7 +134,8 @@ def _per_sample(t: Tensor, R: Tensor, index: Tensor) -> Tensor:
 
 
 def _bank_gradient(q: Tensor, h_prime: Tensor, index: Tensor, T: int) -> Tensor:
-    """Σ q_mᵀ·h′_m over the samples of each of T routings, [T, r, r]. A one-hot matmul: unlike index_add_ it sums in a fixed order."""
+    """Σ q_mᵀ·h′_m over the samples of each of T routings, [T, r, r]. A one-hot matmul: unlike index_add_ it sums in a
+    fixed order."""
     S, r = index.shape[0], q.shape[1]
     q, h_prime = q.reshape(S, q.shape[0] // max(S, 1), r), h_prime.reshape(S, q.shape[0] // max(S, 1), r)
     one_hot = (torch.arange(T, device=q.device)[:, None] == index).to(q.dtype)
@@ -195,7 +197,8 @@ def backward(
     learning = [i for i, need in enumerate(needs) if need.lora_A]
     dA: dict[int, Tensor] = {}
     if learning:
-        grads = kernels.reduce([sides[i].g_live for i in learning], x_flat, [_dropout(projections[i]) for i in learning])
+        small, dropouts = [sides[i].g_live for i in learning], [_dropout(projections[i]) for i in learning]
+        grads = kernels.reduce(small, x_flat, dropouts)
         dA = {i: g.to(projections[i].lora_A.dtype) for i, g in zip(learning, grads, strict=True)}
     return dx, [[s.dweight, dA.get(i), s.dB, s.dR, s.dgate, s.dbias, s.dscaling] for i, s in enumerate(sides)]
 

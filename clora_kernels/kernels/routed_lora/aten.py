@@ -2,9 +2,9 @@
 
 In 16 bit the low-rank term is laid down first and the large product accumulates on it inside the matmul (beta = 1, fp32
 sums, one rounding): added to an output that is already rounded, a small adapter would be lost. The bias comes last.
-Sums that must come back unrounded (p, h, dA, U) use an fp32 output where the device's matmul has one (CUDA), else blocks
-of rows converted to fp32; blocks also bound the scratch of dropout. Scratch: ``SCRATCH_BYTES`` of converted or masked
-rows, and one masked copy of the low-rank part of dx at most.
+Sums that must come back unrounded (p, h, dA, U) use an fp32 output where the device's matmul has one (CUDA), else
+blocks of rows converted to fp32; blocks also bound the scratch of dropout. Scratch: ``SCRATCH_BYTES`` of converted or
+masked rows, and one masked copy of the low-rank part of dx at most.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _in_one_piece(big: Tensor, dropout: list[Dropout | None]) -> bool:
 
 def _split(t: Tensor, ranks: list[int], dim: int) -> list[Tensor]:
     """The parts as tensors of their own: outputs of one operator may not share storage."""
-    return [t] if len(ranks) == 1 else [part.clone(memory_format=torch.contiguous_format) for part in t.split(ranks, dim)]
+    return (
+        [t] if len(ranks) == 1 else [part.clone(memory_format=torch.contiguous_format) for part in t.split(ranks, dim)]
+    )
 
 
 def shrink(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> list[Tensor]:
@@ -125,7 +127,8 @@ def _lay_down(low_rank: list[tuple[Tensor, Tensor, Dropout | None]]) -> Tensor:
 
 
 def _accumulate_several(y: Tensor, products: list[tuple[Tensor, Tensor]]) -> None:
-    """y += Σ a_i·b_i with one rounding: one matmul over the joined inner dimension, by blocks of columns to bound the copy."""
+    """y += Σ a_i·b_i with one rounding: one matmul over the joined inner dimension, by blocks of columns to bound the
+    copy."""
     a = torch.cat([a for a, _ in products], 1)
     width = max(SCRATCH_BYTES["cuda"] // (a.element_size() * max(a.shape[1], 1)), 64)
     for start in range(0, y.shape[1], width):
@@ -133,7 +136,9 @@ def _accumulate_several(y: Tensor, products: list[tuple[Tensor, Tensor]]) -> Non
         y[:, columns].addmm_(a, torch.cat([b[:, columns] for _, b in products]))
 
 
-def _onto_base(base_output: Tensor, low_rank: list[tuple[Tensor, Tensor, Dropout | None]], bias: Tensor | None) -> Tensor:
+def _onto_base(
+    base_output: Tensor, low_rank: list[tuple[Tensor, Tensor, Dropout | None]], bias: Tensor | None
+) -> Tensor:
     ((q, C, _),) = low_rank
     if base_output.dtype == q.dtype:
         y = torch.addmm(base_output, q, C)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +15,12 @@ from .layer import RoutedLoRALinear
 class RoutedLoRAFusedLinear(RoutedLoRALinear):
     """A routed LoRA on slices of the output of one linear layer, with one product of x and the whole weight.
 
-    Slice j is the columns ``slices[j] = (start, stop)`` of y and has an adapter of rank r of its own. Together they are one
-    routed LoRA of rank n·r whose C is block-diagonal, so the call is that of :class:`RoutedLoRALinear`: one read of x, one
-    dropout draw. A gate has n·r entries, slice by slice.
+    Slice j is the columns ``slices[j] = (start, stop)`` of y and has an adapter of rank r of its own. Together they are
+    one routed LoRA of rank n·r whose C is block-diagonal, so the call is that of :class:`RoutedLoRALinear`: one read of
+    x, one dropout draw. A gate has n·r entries, slice by slice.
 
-    Parameters: lora_A ``[n·r, K]``, lora_B ``[Σ widths, r]``, routing and frozen_routing ``[n, r, r]``, each slice after slice.
+    Parameters: lora_A ``[n·r, K]``, lora_B ``[Σ widths, r]``, routing and frozen_routing ``[n, r, r]``, each slice
+        after slice.
     """
 
     slices: tuple[tuple[int, int], ...]
@@ -45,7 +47,7 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         self = cls._around(linear)
         edges = [edge for pair in slices for edge in pair]
         inside = edges and edges[0] >= 0 and edges[-1] <= self.out_features
-        if not inside or any(a > b for a, b in zip(edges, edges[1:], strict=False)) or any(a == b for a, b in slices):
+        if not inside or any(a > b for a, b in itertools.pairwise(edges)) or any(a == b for a, b in slices):
             raise ValueError(
                 f"slices: got {list(slices)}, expected ascending (start, stop) pairs that do not overlap, within "
                 f"0..{self.out_features}"

@@ -13,12 +13,13 @@ from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
 from ...dispatch.routed_lora import choose
 from ..adapter import AdapterLinear, default_adapter_dtype
 
+
 class RoutedLoRALinear(AdapterLinear):
     """y = x·weightᵀ + bias + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ.
 
     Starts as LoRA does: lora_A Kaiming-uniform, lora_B zero, routing the identity, so y is the linear layer's.
-    ``state_dict`` holds ``weight`` and ``bias`` as nn.Linear's does, unmerged whatever the state of the layer, and the adapter
-    beside them; a checkpoint of the plain layer loads and leaves the adapter as it is.
+    ``state_dict`` holds ``weight`` and ``bias`` as nn.Linear's does, unmerged whatever the state of the layer, and the
+    adapter beside them; a checkpoint of the plain layer loads and leaves the adapter as it is.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
@@ -69,10 +70,12 @@ class RoutedLoRALinear(AdapterLinear):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> RoutedLoRALinear:
-        """Around an nn.Linear, or transformers' Conv1D (weight ``[K, N]``), whose parameters it shares, copying nothing.
+        """Around an nn.Linear, or transformers' Conv1D (weight ``[K, N]``), whose parameters it shares, copying
+        nothing.
 
         Raises:
-            TypeError: another type, a subclass (its forward may do more than a product), or a weight that is not floating.
+            TypeError: another type, a subclass (its forward may do more than a product), or a weight that is not
+                floating.
         """
         self = cls._around(linear)
         self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
@@ -116,7 +119,8 @@ class RoutedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Start the adapter anew: lora_A Kaiming-uniform (a = √5), lora_B zero, routing the identity, frozen_routing zero."""
+        """Start the adapter anew: lora_A Kaiming-uniform (a = √5), lora_B zero, routing the identity, frozen_routing
+        zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B.zero_()
         if self.routing is not None:
@@ -136,7 +140,8 @@ class RoutedLoRALinear(AdapterLinear):
         routing_index: Tensor | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """y ``[..., out_features]`` for x ``[..., in_features]``; arguments as in :func:`clora_kernels.routed_lora_linear`.
+        """y ``[..., out_features]`` for x ``[..., in_features]``; arguments as in
+        :func:`clora_kernels.routed_lora_linear`.
 
         Raises:
             RuntimeError: merged and in training mode, where the adapter would silently get no gradient.
@@ -144,7 +149,7 @@ class RoutedLoRALinear(AdapterLinear):
         """
         if self._merged:
             if self.training:
-                raise RuntimeError("RoutedLoRALinear is merged: call eval() to use the merged weight or unmerge() to train")
+                raise RuntimeError("layer is merged: call eval() to use the merged weight, unmerge() to train")
             if gate is not None or routing_index is not None:
                 name = "gate" if gate is not None else "routing_index"
                 raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
@@ -205,8 +210,8 @@ class RoutedLoRALinear(AdapterLinear):
     def check_mergeable(self) -> None:
         if self.routing is not None and self.routing.dim() == 3:
             raise ValueError(
-                f"routing: got a bank of {self.routing.shape[0]}, expected a single routing: samples that take different "
-                "routings have no common weight"
+                f"routing: got a bank of {self.routing.shape[0]}, expected a single routing: samples that take "
+                "different routings have no common weight"
             )
 
     def extra_repr(self) -> str:
