@@ -32,7 +32,7 @@ class RoutedLoRALinear(AdapterLinear):
         backend: as in :func:`clora_kernels.routed_lora_linear`.
 
     Raises:
-        ValueError: r < 1, dropout_p outside [0, 1], frozen_routing without routing.
+        ValueError: r < 1, dropout_p outside [0, 1], an empty bank, frozen_routing without routing.
     """
 
     lora_A: nn.Parameter
@@ -95,6 +95,8 @@ class RoutedLoRALinear(AdapterLinear):
             raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
         if not 0.0 <= dropout_p <= 1.0:
             raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number from 0 to 1")
+        if not isinstance(routing, bool) and (not isinstance(routing, int) or routing < 1):
+            raise ValueError(f"routing: got {routing!r}, expected True, False or the number of routings of a bank")
         if frozen_routing and routing is False:
             raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
         choose(self.weight.dtype, self.weight.device, False, backend)

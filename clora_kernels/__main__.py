@@ -1,0 +1,36 @@
+"""``python -m clora_kernels info`` and ``python -m clora_kernels selftest``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from .report import info
+from .selftest import selftest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 1 if a self-test case failed."""
+    parser = argparse.ArgumentParser(prog="python -m clora_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, compiled parts and backends, and why one is missing")
+    test = commands.add_parser("selftest", help="parity, adapter fidelity and speed on this machine, in 20 seconds")
+    test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        print(info())
+        return 0
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
+    report = selftest(device)
+    print(report)
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""What the tests of layers share: options, random adapters, snapshots."""
+
+import copy
+
+import torch
+
+OPTIONS = [
+    {"routing": False},
+    {"routing": True},
+    {"routing": True, "frozen_routing": True, "scaling": 0.5},
+]
+
+
+def randomize(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for t in layer.adapter_state_dict().values():
+            t.copy_(torch.randn(t.shape, generator=generator) * 0.3)
+    return layer
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def function_inputs(layer, x):
+    """The tensors and the scaling with which an unmerged layer calls its function, for the parity rule."""
+    arguments = {k: v for k, v in layer.call_arguments(x).items() if isinstance(v, torch.Tensor) or k == "scaling"}
+    return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

@@ -1,0 +1,100 @@
+"""info(), explain() and the command line: they tell what is true here."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import clora_kernels as ck
+from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
+from clora_kernels.__main__ import main
+from clora_kernels.dispatch.choice import BACKENDS
+from clora_kernels.selftest import selftest
+from clora_kernels.testing import dispatched
+
+X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+
+
+def test_info_tells_versions_devices_parts_and_backends():
+    info = ck.info()
+    assert info.versions["torch"] == torch.__version__ and info.versions["clora_kernels"] == ck.__version__
+    assert [part.name for part in info.parts] == ["cpu", "cuda"]
+    for part, status in zip(info.parts, extension.status(), strict=True):
+        assert part.available == (status.state == "loaded") and status.detail in part.reason
+    backends = {b.name: b for b in info.backends["routed_lora"]}
+    assert set(backends) == set(BACKENDS) - {"auto"}
+    for name, backend in backends.items():
+        assert backend.reason
+        if backend.available:
+            assert ck.explain(ck.routed_lora_linear, X, W, A, B, backend=name).backend == name
+        else:
+            with pytest.raises(ValueError, match=f"backend='{name}' cannot run routed_lora: "):
+                ck.routed_lora_linear(X, W, A, B, backend=name)
+    assert all(line in str(info) for line in (torch.__version__, "routed_lora", "compiled parts"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_explain_names_what_then_runs(dtype):
+    x, w = X.to(dtype), W.to(dtype)
+    layer = RoutedLoRALinear(8, 6, 4, dtype=dtype)
+    calls = [
+        (ck.routed_lora_linear, (x, w, A, B), {"dropout_p": 0.5}),
+        (ck.routed_lora_linear_group, (x, [RoutedLoRA(w, A, B), RoutedLoRA(w, A, B)]), {}),
+        (ck.routed_lora_delta, (x, A, B), {"base_output": torch.zeros(2, 3, 6)}),
+        (layer, (x,), {}),
+    ]
+    for fn, args, kwargs in calls:
+        choice = ck.explain(fn, *args, **kwargs)
+        assert choice.backend == "aten" and choice.strategy and choice.reason in str(choice)
+        with dispatched() as ran:
+            fn(*args, **kwargs)
+        assert any("aten" in str(call) for call in ran)
+    assert ("accumulates on it in fp32" in ck.explain(*calls[0][:1], *calls[0][1]).strategy) == (
+        dtype == torch.bfloat16
+    )
+    assert "base_output" in ck.explain(calls[2][0], *calls[2][1], **calls[2][2]).strategy
+
+
+def test_explain_checks_arguments_and_runs_nothing():
+    with dispatched() as ran:
+        with pytest.raises(ValueError, match="lora_B: got shape"):
+            ck.explain(ck.routed_lora_linear, X, W, A, B.mT)
+        with pytest.raises(TypeError, match="fn: got"):
+            ck.explain(torch.relu, X)
+        with pytest.raises(TypeError):
+            ck.explain(ck.routed_lora_linear, X)
+        assert ck.explain(ck.routed_lora_linear, X, W, A, B, backend="reference").backend == "reference"
+    assert not ran
+
+
+def test_explain_a_merged_layer():
+    layer = RoutedLoRALinear.from_linear(nn.Linear(8, 6), 4).eval()
+    layer.merge()
+    assert "merged" in ck.explain(layer, X).reason
+
+
+def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = selftest(device)
+    assert report.ok and len(report.cases) == 15 and len(report.ratios) == 4, str(report)
+    right = ck.routed_lora_linear
+    monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
+    wrong = selftest(device)
+    assert not any(case.ok for case in wrong.cases) and not wrong.ratios and "15 failed" in str(wrong)
+
+
+def test_command_line(capsys, monkeypatch):
+    assert main(["info"]) == 0 and capsys.readouterr().out.strip() == str(ck.info())
+    failing = type("Report", (), {"ok": False, "__str__": lambda self: "1 failed"})()
+    monkeypatch.setattr("clora_kernels.__main__.selftest", lambda device: failing)
+    assert main(["selftest", "--device", "cpu"]) == 1 and "1 failed" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["selftest", "--device", "nonsense"])
+    assert stop.value.code == 2 and "--device nonsense" in capsys.readouterr().err
+
+
+def test_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "clora_kernels", "info"], capture_output=True, text=True, check=True)
+    assert "routed_lora" in done.stdout
