@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +85,13 @@ def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
     return [Needs(*needs[i : i + size]) for i in range(0, len(needs), size)]
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The dtypes are decided before an operator is called; leaving autocast costs 4 µs, so only where it is on."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str):
     projections = unpack_projections(tensors, given)
     for j in projections:
@@ -93,7 +102,7 @@ def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend:
 
 def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
     kernels, projections = _ready(x, tensors, given, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         ys, ps = forward(kernels, x, projections)
     return ys + ps
 
@@ -120,7 +129,7 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     kernels, projections = _ready(dys[0], tensors, given, backend)
-    with torch.autocast(dys[0].device.type, enabled=False):
+    with _without_autocast(dys[0].device.type):
         dx, of_projections = backward(kernels, dys, x, projections, ps, need_x, _unpack_needs(needs), dtype)
     grads = [dx] + [g for of_one in of_projections for g in of_one]
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]

@@ -72,7 +72,7 @@ def keep_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> tuple
 
 def apply_routing(q: Tensor, routing: Tensor, routing_index: Tensor) -> Tensor:
     """q [S, ..., r] times routing[routing_index] [S, r, r], sample by sample."""
-    samples = q.reshape(q.shape[0], -1, q.shape[-1])
+    samples = q.reshape(q.shape[0], q.shape[1:-1].numel(), q.shape[-1])
     return (samples @ routing[routing_index.long()]).reshape(q.shape)
 
 
@@ -101,12 +101,15 @@ def forward(
     Autograd gives the gradients listed above: the frozen routing enters dx, dgate and ds, not dA and dB.
     """
     acc = accumulation_dtype(x.dtype)
+    x_acc = x.to(acc)
 
     def operand(t: Tensor) -> Tensor:
-        return t.to(x.dtype).to(acc)
+        # autograd passes the rounding by: a gradient that went through the cast would be rounded to x.dtype itself
+        exact = t.to(acc)
+        return exact if x.dtype == acc else exact + (exact.to(x.dtype).to(acc) - exact).detach()
 
     def gated(source: Tensor, A: Tensor, gate: Tensor | None) -> Tensor:
-        p = (source.to(acc) * kept) @ operand(A).mT * kept_value
+        p = (source * kept) @ operand(A).mT * kept_value
         return p if gate is None else p * gate.to(acc)
 
     def routed(q: Tensor, R: Tensor | None) -> Tensor:
@@ -121,14 +124,14 @@ def forward(
     if frozen_routing is None:
         total = live
         C = s * B if live is None or routing_index is not None else s * (live @ B)
-        low_rank = routed(gated(x, A, gate), total) @ operand(C)
+        low_rank = routed(gated(x_acc, A, gate), total) @ operand(C)
     else:
         # dx, dgate, dR and ds see the whole; A and B learn through the live routing alone. The terms that bring their
         # gradients are exactly zero in value.
         frozen = frozen_routing.to(acc)
         total = frozen + live
-        q = gated(x, A.detach(), gate)
-        q_of_A = gated(x.detach(), A, None if gate is None else gate.detach())
+        q = gated(x_acc, A.detach(), gate)
+        q_of_A = gated(x_acc.detach(), A, None if gate is None else gate.detach())
         if routing_index is None:
             C = s * (live @ B) + s * (frozen @ B.detach())
             C_live = (s * (live @ B)).detach()
@@ -138,7 +141,7 @@ def forward(
             low_rank = routed(q, total) @ C
             low_rank = low_rank + _zero_valued(routed(q_of_A, live.detach()) @ C.detach())
             low_rank = low_rank + _zero_valued(routed(q.detach(), live.detach()) @ operand(s.detach() * B))
-    y = low_rank if weight is None else x.to(acc) @ operand(weight).mT + low_rank
+    y = low_rank if weight is None else x_acc @ operand(weight).mT + low_rank
     y = _add_opt(y, None if bias is None else bias.to(acc))
     y = _add_opt(y, None if base_output is None else base_output.to(acc))
     return y.to(x.dtype if base_output is None else base_output.dtype)
@@ -199,7 +202,8 @@ def backward(
         h, h_live = per_sample(h_prime, total.mT), per_sample(h_prime, live.mT)
         U = operand(per_sample(q, live)).mT @ dy_flat
         dB = s * U
-        per_sample_dR = q.reshape(lead[0], -1, r).mT @ h_prime.reshape(lead[0], -1, r)
+        rows = lead[1:].numel()
+        per_sample_dR = q.reshape(lead[0], rows, r).mT @ h_prime.reshape(lead[0], rows, r)
         one_hot = torch.nn.functional.one_hot(routing_index.long(), live.shape[0]).to(acc)
         dR = (one_hot.mT @ per_sample_dR.flatten(1)).reshape(live.shape)
         ds = ((operand(per_sample(q, total)).mT @ dy_flat) * B).sum()

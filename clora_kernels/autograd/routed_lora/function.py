@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dispatch.routed_lora import routed_lora, routed_lora_backward, unpack_projections
+from ...dispatch.routed_lora import routed_lora, routed_lora_backward
 from ...kernels.routed_lora.algebra import Needs, Projection
 from ...library import LIBRARY, below_autograd
 
@@ -26,7 +29,8 @@ class RoutedLoRAFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, given, backend, *tensors = inputs
-        _save(ctx, x, tensors, given, backend, output, ctx.needs_input_grad[0], ctx.needs_input_grad[3:])
+        needed = ctx.needs_input_grad
+        _save(ctx, x, tensors, given, backend, output, needed[:1] + needed[3:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -38,8 +42,8 @@ class RoutedLoRABackwardFunction(torch.autograd.Function):
     """The backward operator as a node of its own, so that a second differentiation fails and says why."""
 
     @staticmethod
-    def forward(call: _BackwardCall, *flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(below_autograd(routed_lora_backward, *call.arguments(flat)))
+    def forward(lengths: tuple[int, int], rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(below_autograd(routed_lora_backward, *_operator_arguments(lengths, rest, tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -53,22 +57,54 @@ class RoutedLoRABackwardFunction(torch.autograd.Function):
         )
 
 
-class _BackwardCall(NamedTuple):
-    """The arguments of the backward operator that are no tensors, and how its tensors lie in one flat list."""
+# Function.apply binds defaults through inspect.signature, 20 µs a call where the signature is not at hand.
+for _function in (RoutedLoRAFunction, RoutedLoRABackwardFunction):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
-    outputs: int
-    has_x: bool
-    dtype: torch.dtype
+
+def _operator_arguments(lengths: tuple[int, int], rest: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The backward operator's arguments from dys, x (where it was saved), ps and the given tensors in one sequence."""
+    n, has_x = lengths
+    dys, x, ps = tensors[:n], tensors[n] if has_x else None, tensors[n + has_x : 2 * n + has_x]
+    dtype, need_x, needs, given, backend = rest
+    return dys, x, ps, dtype, need_x, needs, tensors[2 * n + has_x :], given, backend
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a set of given and of needed tensors means for backward.
+
+    ``sources``: for each given tensor the place of its gradient among the operator's outputs, or −1 − j for base_output
+    of projection j, whose gradient is dy, or None.
+    """
+
+    projections: int
     need_x: bool
-    needs: tuple[bool, ...]
-    given: tuple[bool, ...]
-    backend: str
+    needs: tuple[Needs, ...]
+    has_x: bool
+    sources: tuple[int | None, ...]
 
-    def arguments(self, flat: Sequence[Tensor]) -> tuple[Any, ...]:
-        n = self.outputs
-        dys, ps, rest = flat[:n], flat[n : 2 * n], flat[2 * n :]
-        x, tensors = (rest[0], rest[1:]) if self.has_x else (None, rest)
-        return dys, x, ps, self.dtype, self.need_x, self.needs, tensors, self.given, self.backend
+    @property
+    def flat_needs(self) -> tuple[bool, ...]:
+        return tuple(need for of_one in self.needs for need in of_one)
+
+
+@lru_cache(maxsize=1024)
+def _plan(given: tuple[bool, ...], needed: tuple[bool, ...]) -> _Plan:
+    """``needed``: whether x, and each given tensor, needs a gradient."""
+    size, remaining = len(Projection._fields), iter(needed[1:])
+    rows = [given[i : i + size] for i in range(0, len(given), size)]
+    wanted = [Projection(*(there and next(remaining) for there in row)) for row in rows]
+    needs = tuple(Needs(*(getattr(w, name) for name in Needs._fields)) for w in wanted)
+    sources: list[int | None] = []
+    for j, (row, w) in enumerate(zip(rows, wanted, strict=True)):
+        for name, there in zip(Projection._fields, row, strict=True):
+            if there and name == "base_output":
+                sources.append(-1 - j if w.base_output else None)
+            elif there:
+                place = Needs._fields.index(name) if name in Needs._fields and getattr(w, name) else None
+                sources.append(None if place is None else 1 + j * len(Needs._fields) + place)
+    return _Plan(len(rows), needed[0], needs, any(n.weight or n.lora_A for n in needs), tuple(sources))
 
 
 def _save(
@@ -78,59 +114,38 @@ def _save(
     given: Sequence[bool],
     backend: str,
     output: Sequence[Tensor],
-    need_x: bool,
-    need_tensors: Sequence[bool],
+    needed: tuple[bool, ...],
 ) -> None:
     """Save the least that backward reads."""
-    outputs = len(given) // len(Projection._fields)
+    plan = _plan(tuple(given), needed)
+    n = plan.projections
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[outputs:])
-    remaining = iter(need_tensors)
-    wanted = [Projection(*(there and next(remaining) for there in row)) for row in _rows(given)]
-    ctx.needs = [Needs(*(getattr(w, name) for name in Needs._fields)) for w in wanted]
-    ctx.need_base_output = [w.base_output for w in wanted]
-    ctx.need_x, ctx.dtype, ctx.given, ctx.backend = need_x, x.dtype, tuple(given), backend
-    ctx.has_x = any(need.weight or need.lora_A for need in ctx.needs)
-    ps = [p if need.of_p else p.new_empty(0) for p, need in zip(output[outputs:], ctx.needs, strict=True)]
-    ctx.save_for_backward(*ps, *([x] if ctx.has_x else []), *tensors)
+    ctx.mark_non_differentiable(*output[n:])
+    ctx.plan, ctx.given, ctx.backend, ctx.dtype = plan, tuple(given), backend, x.dtype
+    ctx.output_shapes = [(y.shape, y.dtype) for y in output[:n]] if n > 1 else ()
+    ps = [p if need.of_p else p.new_empty(0) for p, need in zip(output[n:], plan.needs, strict=True)]
+    ctx.save_for_backward(*([x] if plan.has_x else ()), *ps, *tensors)
 
 
-def _rows(given: Sequence[bool]) -> list[Sequence[bool]]:
-    size = len(Projection._fields)
-    return [given[i : i + size] for i in range(0, len(given), size)]
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and a gradient or None for each tensor that was given."""
+    plan: _Plan = ctx.plan
+    dys = _given_dys(grads[: plan.projections], ctx.output_shapes)
+    lengths = (plan.projections, int(plan.has_x))
+    rest = (ctx.dtype, plan.need_x, plan.flat_needs, ctx.given, ctx.backend)
+    tensors = (*dys, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        out = RoutedLoRABackwardFunction.apply(lengths, rest, *tensors)
+    else:
+        out = below_autograd(routed_lora_backward, *_operator_arguments(lengths, rest, tensors))
+    dtensors = [None if i is None else out[i] if i >= 0 else dys[-1 - i] for i in plan.sources]
+    return out[0] if plan.need_x else None, dtensors
 
 
-def _gradients(
-    ctx: Any, grads: Sequence[Tensor | None], apply: Callable[..., Any] | None = None
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and a gradient or None for each tensor that was given. Projections whose output was not used are left out."""
-    n = len(ctx.needs)
-    ps, rest = ctx.saved_tensors[:n], list(ctx.saved_tensors[n:])
-    x = rest.pop(0) if ctx.has_x else None
-    used = [i for i in range(n) if grads[i] is not None]
-    rows, projections = _rows(ctx.given), unpack_projections(rest, ctx.given)
-    tensors = [t for i in used for t in projections[i] if t is not None]
-    call = _BackwardCall(
-        outputs=len(used),
-        has_x=ctx.has_x,
-        dtype=ctx.dtype,
-        need_x=ctx.need_x,
-        needs=tuple(need for i in used for need in ctx.needs[i]),
-        given=tuple(there for i in used for there in rows[i]),
-        backend=ctx.backend,
-    )
-    flat = [grads[i] for i in used] + [ps[i] for i in used] + ([x] if ctx.has_x else []) + tensors
-    out = (apply or RoutedLoRABackwardFunction.apply)(call, *flat)
-    dx = out[0] if ctx.need_x else None
-    dtensors: list[Tensor | None] = []
-    for i, j in enumerate(projections):
-        dfields = Projection(*[None] * len(Projection._fields))
-        if i in used:
-            of_one = out[1 + used.index(i) * len(Needs._fields) :]
-            wanted = {name: g for name, g, need in zip(Needs._fields, of_one, ctx.needs[i], strict=False) if need}
-            dfields = dfields._replace(**wanted, base_output=grads[i] if ctx.need_base_output[i] else None)
-        dtensors += [g for g, t in zip(dfields, j, strict=True) if t is not None]
-    return dx, dtensors
+def _given_dys(grads: Sequence[Tensor | None], shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> Sequence[Tensor]:
+    """Zeros for the outputs of a group that nothing used."""
+    like = next(g for g in grads if g is not None)
+    return [like.new_zeros(shapes[i][0], dtype=shapes[i][1]) if g is None else g for i, g in enumerate(grads)]
 
 
 def _register() -> None:
@@ -138,7 +153,8 @@ def _register() -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         x, tensors, given, backend = inputs
-        _save(ctx, x, tensors, given, backend, output, x.requires_grad, [t.requires_grad for t in tensors])
+        needed = tuple(t.requires_grad for t in (x, *tensors))
+        _save(ctx, x, tensors, given, backend, output, needed)
 
     def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dx, dtensors = _gradients(ctx, grads)

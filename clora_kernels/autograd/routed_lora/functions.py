@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from .arguments import check_projection, check_tensor, check_x, dropout_tensors,
 from .function import RoutedLoRAFunction
 
 
-@dataclass(frozen=True, eq=False)
-class RoutedLoRA:
+class RoutedLoRA(NamedTuple):
     """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
 
     weight: Tensor | None
