@@ -1,0 +1,62 @@
+# make demo | test | bench | lint | mutants | selftest: each first makes a virtual environment in .venv, installs the
+# pinned dependencies and builds the extension, if that is not done already.
+#
+#   VENV=       no environment and no download: run on the packages $(PYTHON) already has (torch must be among them);
+#               the extension is built in the source tree.      make test VENV=
+#   PYTHON=...  the interpreter to start from (python3)
+#   SEEDS=...   seeds of `make demo` (5)
+PYTHON ?= python3
+VENV ?= .venv
+SEEDS ?= 5
+TESTS ?= tests
+
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY := build/built-$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)")
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/installed
+endif
+
+.PHONY: demo test bench lint mutants selftest setup clean
+
+demo: setup
+	SEEDS=$(SEEDS) $(PY) examples/compare_on_digits.py
+
+test: setup
+	$(PY) -m pytest $(TESTS)
+
+bench: setup
+	$(PY) benchmarks/run.py --device cpu
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+mutants: setup
+	$(PY) tests/mutants.py
+
+selftest: setup
+	$(PY) -m clora_kernels selftest
+
+setup: $(READY)
+
+# torch comes first, by itself: the extension is built against it
+$(VENV)/installed: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt setuptools torch numpy
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[triton,test,demo,bench,lint]"
+	touch $@
+
+build/built-%: $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f clora_kernels/*.so clora_kernels/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
