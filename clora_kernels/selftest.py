@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,7 @@ def selftest(device: torch.device) -> SelftestReport:
     return SelftestReport(name, cases, ratios)
 
 
-def _inputs(dtype: torch.dtype, device: torch.device, options: str, size: float) -> dict[str, object]:
+def _inputs(dtype: torch.dtype, device: torch.device, options: str, size: float) -> dict[str, Any]:
     """x, W, A, B of unequal sizes that divide nothing and an adapter of ``size`` times y; ``options`` adds to them."""
     generator = torch.Generator(device="cpu").manual_seed(len(options) + 1)
 
@@ -70,7 +72,7 @@ def _inputs(dtype: torch.dtype, device: torch.device, options: str, size: float)
         return (torch.randn(*shape, generator=generator) * scale).to(device)
 
     S, L, K, N, r = 3, 67, 515, 387, 12
-    inputs: dict[str, object] = {
+    inputs: dict[str, Any] = {
         "x": normal(S, L, K).to(dtype),
         "weight": normal(N, K, scale=K**-0.5).to(dtype),
         "lora_A": normal(r, K, scale=K**-0.5),
@@ -94,13 +96,16 @@ def _check(dtype: torch.dtype, device: torch.device) -> list[Case]:
     for options in ("plain", "routing", "bank", "everything"):
         inputs = _inputs(dtype, device, options, size=0.3)
         dy = torch.randn(3, 67, 387, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        cases.append(_case(f"parity {short} {options}", lambda i=inputs, d=dy: _parity(i, d)))
+        cases.append(_case(f"parity {short} {options}", partial(_parity, inputs, dy)))
     small = _inputs(dtype, device, "routing", size=1e-3)
-    fidelity = lambda: str(assert_fidelity(routed_lora_linear(**small), **small))  # type: ignore[arg-type]  # noqa: E731
-    return [*cases, _case(f"fidelity {short}, adapter 1e-3 of y", fidelity)]
+    return [*cases, _case(f"fidelity {short}, adapter 1e-3 of y", partial(_fidelity, small))]
 
 
-def _parity(inputs: dict[str, object], dy: Tensor) -> str:
+def _fidelity(inputs: dict[str, Any]) -> str:
+    return str(assert_fidelity(routed_lora_linear(**inputs), **inputs))
+
+
+def _parity(inputs: dict[str, Any], dy: Tensor) -> str:
     deviations = assert_parity(routed_lora_linear, inputs, dy=dy)
     worst = max(d.frobenius / d.frobenius_bound for d in deviations.values() if d.frobenius_bound)
     return f"y and {len(deviations) - 1} gradients within {worst:.2f} of what rounding explains"

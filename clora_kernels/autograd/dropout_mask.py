@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels.dropout_mask import dropout_mask as kernel
@@ -30,5 +31,5 @@ def dropout_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> Tensor:
         raise TypeError("dropout_seed: got None, expected a 0-dim int64 tensor")
     seed, threshold = dropout_tensors(dropout_p, dropout_seed, True, x)
     if seed is None or threshold is None:
-        return x.new_ones(x.shape, dtype=bool)
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device)
     return kernel(seed, threshold, 0, x.shape[:-1].numel(), x.shape[-1]).reshape(x.shape)

@@ -92,7 +92,9 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str):
+def _ready(
+    x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str
+) -> tuple[Primitives, list[Projection]]:
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)

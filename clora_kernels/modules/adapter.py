@@ -23,8 +23,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     if type(module) is not nn.Linear and not is_conv1d:
         return f"{type(module).__name__} is neither nn.Linear nor Conv1D"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not a floating-point tensor"
+    weight = module.get_parameter("weight")
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not a floating-point tensor"
     return None
 
 
@@ -33,6 +34,7 @@ class AdapterLinear(nn.Linear):
     they are merged (``_merged_rows``) and started anew (``reset_adapter``)."""
 
     fan_in_fan_out: bool
+    _unmerged: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -46,8 +48,9 @@ class AdapterLinear(nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._set_base(type(linear), {k: v for k, v in vars(linear).items() if k[0] != "_" and k != "training"})
-        self.out_features, self.in_features = linear.weight.shape[:: -1 if self.fan_in_fan_out else 1]
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, bias = linear.get_parameter("weight"), linear.bias
+        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+        self.out_features, self.in_features = self.weight.shape[:: -1 if self.fan_in_fan_out else 1]
         self.training = linear.training
         return self
 
@@ -148,12 +151,13 @@ class AdapterLinear(nn.Linear):
         object.__setattr__(self, "_unmerged", original)
 
     def _original(self) -> Tensor:
-        if self._unmerged is None:
+        original = self._unmerged
+        if original is None:
             raise RuntimeError(
                 "layer was merged with backup=None: the original weight is gone; fold() makes that permanent, "
                 "merge(backup='cpu') keeps it"
             )
-        return self._unmerged
+        return original
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters: what an optimiser of this layer should get."""

@@ -113,6 +113,10 @@ def _check_broadcast(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
 def scaling_tensor(scaling: Any, x: Tensor) -> Tensor:
     """``scaling`` as a 0-dim tensor. A float enters operators only so: as an argument it would recompile for each
     value."""
@@ -125,7 +129,7 @@ def scaling_tensor(scaling: Any, x: Tensor) -> Tensor:
         if scaling.device != x.device and scaling.device.type != "cpu":
             raise ValueError(f"scaling: got device {scaling.device}, expected {x.device} or cpu")
         return scaling
-    if isinstance(scaling, bool) or not isinstance(scaling, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not _is_number(scaling):
         raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number or a 0-dim float tensor")
     return _scalar(scaling, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
@@ -135,9 +139,9 @@ def dropout_tensors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, threshold) of the draw, or (None, None) where nothing drops. A seed is drawn here, outside the operator:
     inside, common-subexpression elimination would give two layers one mask and checkpointing would replay another."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not _is_number(dropout_p):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number from 0 to 1")
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a number from 0 to 1")
     if dropout_seed is not None:
         check_tensor("dropout_seed", dropout_seed, x.device, floating=False)
@@ -155,6 +159,6 @@ def dropout_tensors(
     return dropout_seed, threshold
 
 
-def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor of ``value``: on the CPU in eager mode, where ATen reads it without a copy or a launch."""
     return torch.full((), value, dtype=dtype, device=device if torch.compiler.is_compiling() else "cpu")

@@ -16,7 +16,26 @@ from ...kernels.routed_lora.algebra import Needs, Projection
 from ...library import LIBRARY, below_autograd
 
 
-class RoutedLoRAFunction(torch.autograd.Function):
+class _FirstOrderReverse(torch.autograd.Function):
+    """What the operators do not do, said in words that help."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(_unsupported("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_unsupported("forward-mode differentiation (jvp)"))
+
+
+def _unsupported(what: str) -> str:
+    return (
+        f"routed_lora: {what} is not supported by the fused operators; pass backend='reference', plain PyTorch that "
+        "every transform and any number of differentiations can go through"
+    )
+
+
+class RoutedLoRAFunction(_FirstOrderReverse):
     """(x, given, backend, *tensors) → (y of each projection, p of each projection); see ``dispatch.routed_lora``.
 
     Saved: the tensors; x if a lora_A or a weight learns; p [M, r] if a gradient reads it. Nothing of size M×N, no mask.
@@ -38,7 +57,7 @@ class RoutedLoRAFunction(torch.autograd.Function):
         return dx, None, None, *dtensors
 
 
-class RoutedLoRABackwardFunction(torch.autograd.Function):
+class RoutedLoRABackwardFunction(_FirstOrderReverse):
     """The backward operator as a node of its own, so that a second differentiation fails and says why."""
 
     @staticmethod
@@ -51,15 +70,12 @@ class RoutedLoRABackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "routed_lora: double backward is not supported by the fused backward; pass backend='reference', which "
-            "autograd differentiates any number of times"
-        )
+        raise RuntimeError(_unsupported("double backward"))
 
 
 # Function.apply binds defaults through inspect.signature, 20 µs a call where the signature is not at hand.
 for _function in (RoutedLoRAFunction, RoutedLoRABackwardFunction):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _operator_arguments(lengths: tuple[int, int], rest: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -94,15 +110,15 @@ def _plan(given: tuple[bool, ...], needed: tuple[bool, ...]) -> _Plan:
     """``needed``: whether x, and each given tensor, needs a gradient."""
     size, remaining = len(Projection._fields), iter(needed[1:])
     rows = [given[i : i + size] for i in range(0, len(given), size)]
-    wanted = [Projection(*(there and next(remaining) for there in row)) for row in rows]
-    needs = tuple(Needs(*(getattr(w, name) for name in Needs._fields)) for w in wanted)
+    wanted = [{f: there and next(remaining) for f, there in zip(Projection._fields, row, strict=True)} for row in rows]
+    needs = tuple(Needs(*(w[name] for name in Needs._fields)) for w in wanted)
     sources: list[int | None] = []
     for j, (row, w) in enumerate(zip(rows, wanted, strict=True)):
         for name, there in zip(Projection._fields, row, strict=True):
             if there and name == "base_output":
-                sources.append(-1 - j if w.base_output else None)
+                sources.append(-1 - j if w[name] else None)
             elif there:
-                place = Needs._fields.index(name) if name in Needs._fields and getattr(w, name) else None
+                place = Needs._fields.index(name) if name in Needs._fields and w[name] else None
                 sources.append(None if place is None else 1 + j * len(Needs._fields) + place)
     return _Plan(len(rows), needed[0], needs, any(n.weight or n.lora_A for n in needs), tuple(sources))
 
@@ -130,6 +146,8 @@ def _save(
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and a gradient or None for each tensor that was given."""
     plan: _Plan = ctx.plan
+    if all(g is None for g in grads[: plan.projections]):
+        return None, [None] * len(plan.sources)
     dys = _given_dys(grads[: plan.projections], ctx.output_shapes)
     lengths = (plan.projections, int(plan.has_x))
     rest = (ctx.dtype, plan.need_x, plan.flat_needs, ctx.given, ctx.backend)

@@ -159,6 +159,7 @@ def forward(kernels: Primitives, x: Tensor, projections: list[Projection]) -> tu
     ps = kernels.shrink(x_flat, [j.lora_A.to(x.dtype) for j in projections], dropouts)
     ps = [p if d is None else p * d.kept_value(acc) for p, d in zip(ps, dropouts, strict=True)]
     ys = []
+    low_rank: list[tuple[Tensor, Tensor, Dropout | None]]
     for j, p in zip(projections, ps, strict=True):
         total = _total_routing(j, acc)
         q = _gated(p, None if j.gate is None else j.gate.to(acc), lead)

@@ -26,8 +26,10 @@ def _is_16_bit(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _row_blocks(M: int, columns: int, device: torch.device) -> Iterator[slice]:
-    rows = max(SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cuda"]) // (4 * max(columns, 1)), 64)
+def _row_blocks(big: Tensor) -> Iterator[slice]:
+    """Blocks of rows of ``big`` [M, columns] that fill the scratch in fp32."""
+    M, columns = big.shape
+    rows = max(SCRATCH_BYTES.get(big.device.type, SCRATCH_BYTES["cuda"]) // (4 * max(columns, 1)), 64)
     for start in range(0, M, rows):
         yield slice(start, min(start + rows, M))
 
@@ -71,7 +73,7 @@ def shrink(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> l
         return _split(_matmul_unrounded(big, torch.cat(small).mT if len(small) > 1 else small[0].mT), ranks, 1)
     acc = accumulation_dtype(big.dtype)
     out = [big.new_empty(big.shape[0], r, dtype=acc) for r in ranks]
-    for block in _row_blocks(*big.shape, big.device):
+    for block in _row_blocks(big):
         shared = None if all(dropout) else big[block].to(acc)
         for t, d, o in zip(small, dropout, out, strict=True):
             o[block] = (shared if d is None else _dropped(big, block, d).to(acc)) @ t.to(acc).mT
@@ -85,7 +87,7 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
         return _split(_matmul_unrounded((torch.cat(small, 1) if len(small) > 1 else small[0]).mT, big), ranks, 0)
     acc = accumulation_dtype(big.dtype)
     out = [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]
-    for block in _row_blocks(*big.shape, big.device):
+    for block in _row_blocks(big):
         shared = None if all(dropout) else big[block].to(acc)
         for t, d, o in zip(small, dropout, out, strict=True):
             o.addmm_(t[block].to(acc).mT, shared if d is None else _dropped(big, block, d).to(acc))
@@ -116,7 +118,7 @@ def _lay_down(low_rank: list[tuple[Tensor, Tensor, Dropout | None]]) -> Tensor:
         return (torch.cat(qs, 1) if len(qs) > 1 else qs[0]) @ (torch.cat(Cs) if len(Cs) > 1 else Cs[0])
     q, C, _ = low_rank[0]
     y = q.new_empty(q.shape[0], C.shape[1])
-    for block in _row_blocks(*y.shape, y.device):
+    for block in _row_blocks(y):
         total: Tensor | None = None
         for q, C, d in low_rank:
             part = _matmul_unrounded(q[block], C)
@@ -144,7 +146,7 @@ def _onto_base(
         y = torch.addmm(base_output, q, C)
         return y if bias is None else y.add_(bias)
     y = torch.empty(base_output.shape, dtype=base_output.dtype, device=base_output.device)
-    for block in _row_blocks(*y.shape, y.device):
+    for block in _row_blocks(y):
         total = _matmul_unrounded(q[block], C) + base_output[block]
         y[block] = total if bias is None else total.add_(bias)
     return y

@@ -37,6 +37,8 @@ class RoutedLoRALinear(AdapterLinear):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    routing: nn.Parameter | None
+    frozen_routing: Tensor | None
 
     def __init__(
         self,
