@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..kernels.dropout_mask import dropout_mask as kernel
-from .routed_lora.arguments import check_x, dropout_tensors
+from .routed_lora.arguments import check_dropout, check_x, dropout_tensors
 
 
 def dropout_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> Tensor:
@@ -29,7 +31,8 @@ def dropout_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> Tensor:
     check_x(x)
     if dropout_seed is None:
         raise TypeError("dropout_seed: got None, expected a 0-dim int64 tensor")
+    check_dropout(dropout_p, dropout_seed, x)
     seed, threshold = dropout_tensors(dropout_p, dropout_seed, True, x)
     if seed is None or threshold is None:
         return torch.ones(x.shape, dtype=torch.bool, device=x.device)
-    return kernel(seed, threshold, 0, x.shape[:-1].numel(), x.shape[-1]).reshape(x.shape)
+    return kernel(seed, threshold, 0, math.prod(x.shape[:-1]), x.shape[-1]).reshape(x.shape)

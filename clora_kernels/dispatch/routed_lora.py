@@ -9,6 +9,7 @@ projection; one that is not wanted is an empty tensor.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -111,7 +112,8 @@ def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
     projections = unpack_projections(tensors, given)
-    lead, M = x.shape[:-1], x.shape[:-1].numel()
+    lead = x.shape[:-1]
+    M = math.prod(lead)  # Size.numel() would tie the graph to this M
     ys = [
         x.new_empty(*lead, j.lora_B.shape[0], dtype=x.dtype if j.base_output is None else j.base_output.dtype)
         for j in projections

@@ -24,7 +24,6 @@ def dropout_mask(seed: torch.Tensor, threshold: torch.Tensor, first_row: int, ro
     return reference.dropout_mask(seed, threshold, first_row, rows, columns)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a warning: it is given while tracing
 def _warn_once(device_type: str) -> None:
     global _warned
     if not _warned:
@@ -36,6 +35,11 @@ def _warn_once(device_type: str) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+# torch.compile cannot trace a warning, so it is given while tracing. This is what the decorator
+# torch.compiler.assume_constant_result does, without its import of the compiler.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 if extension.has_op("dropout_mask", "cpu") or extension.has_op("dropout_mask", "cuda"):

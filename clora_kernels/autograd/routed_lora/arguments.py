@@ -117,39 +117,43 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
-def scaling_tensor(scaling: Any, x: Tensor) -> Tensor:
+def scaling_tensor(scaling: Any, x: Tensor, prefix: str = "") -> Tensor:
     """``scaling`` as a 0-dim tensor. A float enters operators only so: as an argument it would recompile for each
     value."""
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             raise ValueError(
-                f"scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim float "
-                "tensor"
+                f"{prefix}scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim "
+                "float tensor"
             )
         if scaling.device != x.device and scaling.device.type != "cpu":
-            raise ValueError(f"scaling: got device {scaling.device}, expected {x.device} or cpu")
+            raise ValueError(f"{prefix}scaling: got device {scaling.device}, expected {x.device} or cpu")
         return scaling
     if not _is_number(scaling):
-        raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number or a 0-dim float tensor")
+        raise TypeError(f"{prefix}scaling: got {type(scaling).__name__}, expected a number or a 0-dim float tensor")
     return _scalar(scaling, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
 
 
-def dropout_tensors(
-    dropout_p: Any, dropout_seed: Any, training: bool, x: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """(seed, threshold) of the draw, or (None, None) where nothing drops. A seed is drawn here, outside the operator:
-    inside, common-subexpression elimination would give two layers one mask and checkpointing would replay another."""
+def check_dropout(dropout_p: Any, dropout_seed: Any, x: Tensor, prefix: str = "") -> None:
     if not _is_number(dropout_p):
-        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number from 0 to 1")
+        raise TypeError(f"{prefix}dropout_p: got {type(dropout_p).__name__}, expected a number from 0 to 1")
     if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, expected a number from 0 to 1")
+        raise ValueError(f"{prefix}dropout_p: got {dropout_p}, expected a number from 0 to 1")
     if dropout_seed is not None:
-        check_tensor("dropout_seed", dropout_seed, x.device, floating=False)
+        check_tensor(prefix + "dropout_seed", dropout_seed, x.device, floating=False)
         if dropout_seed.dtype != torch.int64 or dropout_seed.dim() != 0:
             raise ValueError(
-                f"dropout_seed: got {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}, "
+                f"{prefix}dropout_seed: got {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}, "
                 "expected a 0-dim int64 tensor"
             )
+
+
+def dropout_tensors(
+    dropout_p: float, dropout_seed: Tensor | None, training: bool, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seed, threshold) of the draw, or (None, None) where nothing drops; to be called when everything is checked. A
+    seed is drawn here, outside the operator: inside, common-subexpression elimination would give two layers one mask
+    and checkpointing would replay another."""
     if not training or dropout_p == 0.0:
         return None, None
     if dropout_seed is None:
@@ -161,4 +165,6 @@ def dropout_tensors(
 
 def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor of ``value``: on the CPU in eager mode, where ATen reads it without a copy or a launch."""
-    return torch.full((), value, dtype=dtype, device=device if torch.compiler.is_compiling() else "cpu")
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value  # full() would compile a graph for each value
+    return torch.full((), value, dtype=dtype)

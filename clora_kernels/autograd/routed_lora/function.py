@@ -17,15 +17,12 @@ from ...library import LIBRARY, below_autograd
 
 
 class _FirstOrderReverse(torch.autograd.Function):
-    """What the operators do not do, said in words that help."""
+    """Says in words that help what the operators do not do. Of ``jvp`` torch says so itself: Dynamo traces no Function
+    that defines one."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         raise RuntimeError(_unsupported("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_unsupported("forward-mode differentiation (jvp)"))
 
 
 def _unsupported(what: str) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice
-from ...dispatch.routed_lora import check_index, choose, pack_projections
+from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora
 from ...kernels.routed_lora.algebra import Projection
 from ...reference import routed_lora as reference
-from .arguments import check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
+from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAFunction
 
 
@@ -147,6 +147,9 @@ def routed_lora_delta(
 
     Returns:
         y ``[..., N]``.
+
+    Raises:
+        As :func:`routed_lora_linear`.
     """
     adapter = RoutedLoRA(
         None, lora_A, lora_B, routing, None, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
@@ -157,24 +160,37 @@ def routed_lora_delta(
 def _run(
     x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
 ) -> list[Tensor]:
-    x, projections = prepare(x, adapters, base_output, training, prefix)
-    if _choose(x, projections, backend).backend == "reference":
+    x, projections = prepare(x, adapters, base_output, prefix)
+    chosen = _choose(x, projections, backend).backend
+    projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
+    if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
+    if torch.compiler.is_compiling():
+        # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
+        # with one gate), nor one with *tensors where nothing learns.
+        return routed_lora(x, tensors, given, backend)[: len(projections)]
     return list(RoutedLoRAFunction.apply(x, tuple(given), backend, *tensors)[: len(projections)])
 
 
+def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:
+    seed, threshold = dropout_tensors(adapter.dropout_p, adapter.dropout_seed, training, x)
+    return j if seed is None else j._replace(seed=seed, threshold=threshold)
+
+
 def prepare(
-    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, prefix: str = ""
+    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, prefix: str = ""
 ) -> tuple[Tensor, list[Projection]]:
-    """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on)."""
+    """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on);
+    the draws of dropout are still to be made."""
     check_x(x)
     dtype = _autocast_dtype(x)
     x = x.to(dtype)
     projections = []
     for i, a in enumerate(adapters):
-        scaling = scaling_tensor(a.scaling, x)
-        seed, threshold = dropout_tensors(a.dropout_p, a.dropout_seed, training, x)
+        place = prefix.format(i)
+        scaling = scaling_tensor(a.scaling, x, place)
+        check_dropout(a.dropout_p, a.dropout_seed, x, place)
         weight = a.weight.to(dtype) if a.weight is not None and torch.is_autocast_enabled(x.device.type) else a.weight
         j = Projection(
             weight=weight,
@@ -187,10 +203,10 @@ def prepare(
             bias=a.bias,
             base_output=base_output,
             scaling=scaling,
-            seed=seed,
-            threshold=threshold,
+            seed=None,
+            threshold=None,
         )
-        check_projection(x, j, prefix.format(i))
+        check_projection(x, j, place)
         projections.append(j)
     return x, projections
 
@@ -233,5 +249,5 @@ def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
     else:
         fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
         adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
-    x, projections = prepare(arguments["x"], adapters, base, arguments["training"])
+    x, projections = prepare(arguments["x"], adapters, base)
     return _choose(x, projections, arguments["backend"])

@@ -1,0 +1,25 @@
+"""Proof on the user's own device: parity with fp64, adapter fidelity, integrity of memory, and what really ran."""
+
+from .fidelity import Fidelity, adapter_fidelity, adapter_term, assert_fidelity
+from .integrity import guarded, guarded_outputs, poisoned_empty, saved_tensors, unchanged
+from .parity import Deviation, Reference, assert_parity, compare, evaluate
+from .tracing import dispatched, launches
+
+__all__ = [
+    "Deviation",
+    "Fidelity",
+    "Reference",
+    "adapter_fidelity",
+    "adapter_term",
+    "assert_fidelity",
+    "assert_parity",
+    "compare",
+    "dispatched",
+    "evaluate",
+    "guarded",
+    "guarded_outputs",
+    "launches",
+    "poisoned_empty",
+    "saved_tensors",
+    "unchanged",
+]

@@ -1,0 +1,164 @@
+"""Compiles the declared Triton kernels for GPUs that need not be there, and judges what came out.
+
+    python tests/aot.py [--package clora_kernels.kernels] [--json]
+
+prints a line for each kernel and architecture: registers, spilled bytes, shared memory, instructions, buffers; and ends
+with status 1 if one fails: it does not compile, spills, needs more shared memory than the chip has, multiplies on sm_90
+without ``wgmma``, reads an operand in its main loop through a single buffer, or rounds fp32 to tf32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import ttgir
+
+from clora_kernels.kernels.declared import SHARED_MEMORY, Compilation, declared
+
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "cp.async.ca", ".tf32")
+TENSOR_CORES = INSTRUCTIONS[:2]
+
+
+@dataclass
+class Report:
+    """One compilation for one architecture. ``failures`` maps each check that failed (compile, shared, spill, wgmma,
+    buffers, tf32) to what was found."""
+
+    kernel: str
+    tile: str
+    architecture: int
+    failures: dict[str, str] = field(default_factory=dict)
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    instructions: list[str] = field(default_factory=list)
+    buffers: dict[str, int] = field(default_factory=dict)
+
+
+def compile_for(compilation: Compilation, architecture: int) -> Any:
+    """The compiled kernel: ``asm`` holds ttgir, ptx and cubin. Raises what Triton's compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = compilation.kernel.arg_names
+    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith(("*", "i", "u")) and name not in compilation.unaligned
+    }
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
+    source = ASTSource(compilation.kernel, signature, dict(compilation.constants), aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def judge(compilation: Compilation, architecture: int) -> Report:
+    """Compile, and check what every kernel must show and what this one ``expects``."""
+    report = Report(compilation.name, compilation.tile, architecture)
+    try:
+        kernel = compile_for(compilation, architecture)
+    except Exception as error:  # whatever the compiler raises is the finding
+        report.failures["compile"] = f"{type(error).__name__}: {error}"
+        return report
+    ptx, expects = kernel.asm["ptx"], compilation.expects
+    report.registers, report.spilled = resources(kernel.asm["cubin"])
+    report.shared = kernel.metadata.shared
+    report.instructions = [name for name in INSTRUCTIONS if name in ptx]
+    graph = ttgir.Kernel(kernel.asm["ttgir"])
+    if report.spilled:
+        report.failures["spill"] = f"{report.spilled} bytes a thread in local memory"
+    if report.shared > SHARED_MEMORY[architecture]:
+        report.failures["shared"] = f"{report.shared} bytes of {SHARED_MEMORY[architecture]}"
+    if ".tf32" in ptx and not expects.tf32:
+        report.failures["tf32"] = "fp32 operands are rounded to tf32"
+    on_warp_groups = "wgmma.mma_async" in ptx and "mma.sync" not in ptx
+    if graph.dots and architecture >= 90 and expects.wgmma and not on_warp_groups:
+        report.failures["wgmma"] = "a matmul does not use wgmma"
+    if not graph.dots and any(name in ptx for name in TENSOR_CORES):
+        report.failures["buffers"] = "the matmuls in the PTX are not found in the TTGIR"
+    for _, reads in graph.loop_reads():
+        for read in sorted(reads, key=str):
+            report.buffers[read.argument] = min(read.buffers, report.buffers.get(read.argument, read.buffers))
+        if not reads:
+            report.failures["buffers"] = "what a matmul reads in its loop is not found in the TTGIR"
+    single = [name for name, buffers in report.buffers.items() if buffers < 2 and name not in expects.single_buffered]
+    if single:
+        report.failures["buffers"] = f"a single buffer for {', '.join(sorted(single))} in a loop"
+    return report
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack and local memory a thread) of the one kernel in ``cubin``."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bREG:(\d+) STACK:(\d+) .*?\bLOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump: got {usage!r}, expected REG, STACK and LOCAL")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+@cache
+def _declared(package: str) -> list[Compilation]:
+    return declared(package)
+
+
+def _judge_declared(package: str, position: int, architecture: int) -> Report:
+    return judge(_declared(package)[position], architecture)
+
+
+def judge_all(package: str) -> list[Report]:
+    """A report for each declared compilation of ``package`` and each of its architectures, on all cores."""
+    work = [(i, a) for i, compilation in enumerate(_declared(package)) for a in compilation.architectures]
+    if not work:
+        return []
+    workers = min(len(os.sched_getaffinity(0)), len(work))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_judge_declared, [package] * len(work), *zip(*work, strict=True)))
+
+
+def row(report: Report) -> str:
+    buffers = " ".join(f"{name}:{count}" for name, count in report.buffers.items())
+    instructions = ", ".join(report.instructions)
+    return (
+        f"{report.kernel:24} sm_{report.architecture} {report.registers:4} registers {report.spilled:5} spilled "
+        f"{report.shared:7} shared  {instructions or '-':40} buffers {buffers or '-'}  [{report.tile}]"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--package", default="clora_kernels.kernels", help="where COMPILATIONS are gathered")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    options = parser.parse_args()
+    reports = judge_all(options.package)
+    if options.json:
+        print(json.dumps([asdict(report) for report in reports]))
+    else:
+        for report in reports:
+            print(row(report))
+            for check, finding in report.failures.items():
+                print(f"    FAILED {check}: {finding}")
+        failed = sum(bool(report.failures) for report in reports)
+        print(f"{len(reports)} compilations of {options.package}, {failed} failed")
+    return int(any(report.failures for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Fixtures of every test: the device at hand, fixed seeds, the two paths of the dropout mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from clora_kernels import extension
+
+# Derandomised: a failure belongs to the commit that shows it. `--hypothesis-profile=search` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.register_profile(
+    "search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which the tests run: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(20250217)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small tensors lose more to threads than they win, the more so beside other work. See ``all_threads``."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "all_threads" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def all_threads() -> int:
+    """Runs a test on all of torch's threads; their number."""
+    return torch.get_num_threads()
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the compiled dropout mask and with the one of plain PyTorch, as where nothing is compiled."""
+    if request.param == "plain":
+        monkeypatch.setattr(extension, "has_op", lambda name, device_type: False)
+        monkeypatch.setattr("clora_kernels.kernels.dropout_mask._warned", True)
+    elif not extension.has_op("dropout_mask", device.type):
+        pytest.skip(f"the dropout mask is not compiled for {device.type}: {extension.status()}")
+    return request.param

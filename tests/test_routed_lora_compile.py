@@ -1,0 +1,143 @@
+"""Routed LoRA under torch.compile: one graph, the bits and masks of eager mode, no graph for each value or size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import DTYPES, call, dy_for
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from clora_kernels import RoutedLoRA, routed_lora_linear, routed_lora_linear_group
+from clora_kernels.reference.routed_lora_samples import make_inputs, sample_inputs
+from clora_kernels.testing import assert_parity
+
+OPTIONS = {
+    "plain": {"routing": False},
+    "everything": {"frozen": True, "gate": (3, 1, 5), "scaling": None, "dropout_p": 0.3},
+    "bank": {"bank": 3, "scaling": None},
+    "delta": {"weight": False, "base_output": torch.float32},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fullgraph_forward_and_backward(device, options, dtypes):
+    dtype, adapter_dtype = DTYPES[dtypes]
+    inputs = make_inputs(**OPTIONS[options], dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    assert_parity(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, dy=dy_for(inputs))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in sample_inputs()])
+def test_fullgraph_of_every_sample(device, name):
+    inputs = dict(sample_inputs(device=device))[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs), call(**inputs))
+
+
+def test_inductor(device):
+    inputs = make_inputs(**OPTIONS["everything"], device=device)
+    inputs["x"].requires_grad_()
+    inputs["lora_A"].requires_grad_()
+
+    def loss(inputs):
+        return torch.nn.functional.silu(routed_lora_linear(**inputs) + 1).sum()
+
+    value, expected = torch.compile(loss, fullgraph=True)(inputs), loss(inputs)
+    torch.testing.assert_close(value, expected)
+    grads, expected_grads = (torch.autograd.grad(v, [inputs["x"], inputs["lora_A"]]) for v in (value, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_group_that_shares_tensors(device, learns):
+    """One gate and one scaling for all its layers."""
+    layers = [make_inputs(N=N, gate=(5,), dropout_p=0.3, scaling=None, device=device, seed=N) for N in (29, 17)]
+    x, gate, scaling = (layers[0][name].requires_grad_(learns) for name in ("x", "gate", "scaling"))
+    shared = {"gate": gate, "scaling": scaling}
+    adapters = [RoutedLoRA(**{**{k: v for k, v in layer.items() if k != "x"}, **shared}) for layer in layers]
+
+    def run(x):
+        return routed_lora_linear_group(x, adapters)
+
+    compiled, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+    if learns:
+        got, grads = (torch.autograd.grad([y.sum() for y in ys], [x, gate, scaling]) for ys in (compiled, expected))
+        assert all(torch.equal(a, b) for a, b in zip(got, grads, strict=True))
+
+
+def counted(device, make_options, rows=(2, 3, 8, 64, 65, 1000)):
+    """Graphs that a compiled layer makes over all these M, with dropout, forward and backward."""
+    counter = CompileCounterWithBackend("aot_eager")
+    base = make_inputs((2,), scaling=None, gate=(5,), device=device)
+    compiled = torch.compile(routed_lora_linear, fullgraph=True, backend=counter)
+    for step, M in enumerate(rows):
+        x = torch.randn(M, 41, device=device, requires_grad=True)
+        options = make_options(step)
+        compiled(**{**base, "x": x, **options}).sum().backward()
+        assert x.grad.shape == x.shape
+    return counter.frame_count
+
+
+def test_two_graphs_for_every_size_with_a_tensor_scaling(device):
+    def options(step):
+        return {"dropout_p": 0.1 + 0.1 * step, "scaling": torch.tensor(1.0 + step, device=device)}
+
+    assert counted(device, options) <= 2
+
+
+def test_three_graphs_for_every_size_with_floats(device):
+    assert counted(device, lambda step: {"dropout_p": 0.1 + 0.1 * step, "scaling": 1.0 + 0.3 * step}) <= 3
+
+
+def test_many_values_of_a_float_stay_in_three_graphs(device):
+    """Past the recompilation limit of eight a graph per value would fail."""
+    options = [{"dropout_p": 0.05 + 0.03 * i, "scaling": 1.0 + 0.3 * i} for i in range(12)]
+    assert counted(device, lambda step: options[step], rows=[16] * 12) <= 3
+
+
+def test_each_compiled_call_draws_its_own_mask(device):
+    eye = torch.eye(33, device=device)
+    ones = torch.ones(9, 33, device=device)
+
+    def two(x):
+        options = {"weight": torch.zeros_like(eye), "lora_A": eye, "lora_B": eye, "dropout_p": 0.5}
+        return routed_lora_linear(x, **options), routed_lora_linear(x, **options)
+
+    compiled = torch.compile(two, fullgraph=True)
+    masks = [m > 0 for _ in range(2) for m in compiled(ones)]
+    for i, mask in enumerate(masks):
+        assert 0 < mask.sum() < mask.numel()
+        assert not any(torch.equal(mask, other) for other in masks[:i])
+
+
+def test_forward_and_backward_share_a_mask(device):
+    """dx of x = 1 through A = B = I is the mask that y shows."""
+    eye = torch.eye(33, device=device)
+    x = torch.ones(9, 33, device=device, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x):
+        return routed_lora_linear(x, torch.zeros_like(eye), eye, eye, dropout_p=0.5)
+
+    y = run(x)
+    y.sum().backward()
+    assert torch.equal(y, x.grad)
+
+
+def test_no_grad_and_inference_mode(device):
+    inputs = make_inputs(**OPTIONS["everything"], device=device)
+    inputs["lora_A"].requires_grad_()
+    compiled = torch.compile(routed_lora_linear, fullgraph=True, backend="aot_eager")
+    expected = routed_lora_linear(**inputs).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(compiled(**inputs), expected)
+            assert torch.equal(routed_lora_linear(**inputs), expected)
