@@ -30,7 +30,7 @@ test: setup
 	$(PY) -m pytest $(TESTS)
 
 bench: setup
-	$(PY) benchmarks/run.py --device cpu
+	$(PY) benchmarks/run.py
 
 lint: setup
 	$(PY) -m ruff check .

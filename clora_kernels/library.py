@@ -11,16 +11,20 @@ LIBRARY = torch.library.Library("clora_kernels", "FRAGMENT")
 
 
 def define_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register ``schema`` with one implementation for CPU and CUDA tensors and its fake; returns the overload.
+    """Register ``schema`` with one implementation for every device and its fake; returns the overload.
 
     ``Library.define`` costs a third of ``torch.library.custom_op`` a call.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clora_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.clora_kernels, name).default
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is enabled for a device; False for devices that have none (meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:

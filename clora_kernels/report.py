@@ -14,13 +14,18 @@ import torch
 
 from . import extension
 from .autograd import routed_lora
+from .autograd.dropout_mask import dropout_mask
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
 from .modules.routed_lora import RoutedLoRALinear
 
-_OPERATIONS = {"routed_lora": routed_lora_dispatch.MISSING}
-_FUNCTIONS = (routed_lora.routed_lora_linear, routed_lora.routed_lora_linear_group, routed_lora.routed_lora_delta)
+_FUNCTIONS = (
+    routed_lora.routed_lora_linear,
+    routed_lora.routed_lora_linear_group,
+    routed_lora.routed_lora_delta,
+    dropout_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,10 @@ class Info:
 
 
 def info() -> Info:
-    """What is installed, built and available here and, for each thing that is not, why. Prints as a table."""
+    """What is installed, built and available here and, for each thing that is not, why. Prints as a table; never
+    raises."""
     parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
-    return Info(_versions(), _devices(), parts, {op: _backends(missing) for op, missing in _OPERATIONS.items()})
+    return Info(_versions(), _devices(), parts, {"routed_lora": _routed_lora(), "dropout_mask": _dropout_mask()})
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -77,6 +83,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
+    if fn is dropout_mask:
+        return _explain_mask(bound.arguments["x"])
     return explain_call(fn, bound.arguments)
 
 
@@ -103,9 +111,25 @@ def _devices() -> list[str]:
     return found
 
 
-def _backends(missing: dict[str, str]) -> list[Availability]:
+def _routed_lora() -> list[Availability]:
+    missing = routed_lora_dispatch.MISSING
     always = {"reference": "plain PyTorch, any device", "aten": "ATen matmuls, any device"}
     return [
         Availability(name, name not in missing, missing.get(name, always.get(name, "")))
         for name in ("reference", "aten", "triton", "native")
     ]
+
+
+def _dropout_mask() -> list[Availability]:
+    found = [Availability("reference", True, "plain PyTorch, any device")]
+    for device_type in ("cpu", "cuda"):
+        built = extension.has_op("dropout_mask", device_type)
+        reason = "compiled operator" if built else f"the compiled part {device_type} is not there: see above"
+        found.append(Availability(f"native ({device_type})", built, reason))
+    return found
+
+
+def _explain_mask(x: torch.Tensor) -> Choice:
+    if extension.has_op("dropout_mask", x.device.type):
+        return Choice("native", "compiled operator", f"it is built for {x.device.type}")
+    return Choice("reference", "plain PyTorch, the same bits", f"nothing is compiled for {x.device.type}")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clora_kernels import extension
+from clora_kernels import dropout_mask, extension
 from clora_kernels.kernels import dropout_mask as kernels
 from clora_kernels.reference import dropout_mask as reference
 
@@ -252,3 +252,19 @@ def test_cuda_is_bit_equal(columns):
         assert extension.has_op("dropout_mask", "cuda"), extension.status()[1]
         drawn = kernels.dropout_mask(torch.tensor(-9, device="cuda"), threshold, *arguments[2:])
         assert drawn.is_cuda and torch.equal(drawn.cpu(), expected)
+
+
+def test_public_function_masks_every_row_of_any_shape():
+    x, seed = torch.empty(3, 5, 24), torch.tensor(3)
+    mask = dropout_mask(x, 0.5, seed)
+    assert torch.equal(mask.flatten(0, 1), mask_of(reference.dropout_mask, 3, 32768, 0, 15, 24))
+    assert dropout_mask(x, 0.0, seed).all() and not dropout_mask(x, 1.0, seed).any()
+    with pytest.raises(TypeError, match="dropout_seed: got None"):
+        dropout_mask(x, 0.5, None)
+
+
+def test_plain_path_starts_at_its_first_row(monkeypatch):
+    monkeypatch.setattr(extension, "_kernels", frozenset())
+    monkeypatch.setattr(kernels, "_warned", True)
+    whole, part = (mask_of(kernels.dropout_mask, 3, 32768, first, rows, 24) for first, rows in ((0, 7), (4, 3)))
+    assert torch.equal(part, whole[4:])

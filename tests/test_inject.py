@@ -84,6 +84,31 @@ def test_a_factory_that_fails_changes_nothing(model):
     assert list(model.modules()) == before
 
 
+def test_a_patched_forward_a_factory_without_a_module_and_targets_of_another_type(model):
+    before = list(model.modules())
+    with pytest.raises(TypeError, match="factory: got NoneType from it"):
+        ck.inject(model, lambda linear: None, ["up"])
+    with pytest.raises(TypeError, match="targets: got NoneType"):
+        ck.inject(model, lora, None)
+    model[0].up.forward = lambda x: x
+    with pytest.raises(ValueError, match="its forward is patched"):
+        ck.inject(model, lora, ["0.up"])
+    assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize("act", [ck.to_lora, ck.extract])
+def test_a_layer_that_cannot_be_restored_changes_nothing(act, model):
+    ck.inject(model, lora, ["up"])
+    randomize_all(model)
+    model.eval()
+    model[1].up.merge(backup=None)
+    before = [t.clone() for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    with pytest.raises(RuntimeError, match="backup=None"):
+        act(model)
+    after = [t for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_a_shared_layer_stays_shared(model):
     model[1].q_proj = model[0].q_proj
     report = ck.inject(model, lora, ["q_proj"])

@@ -69,6 +69,14 @@ def test_explain_checks_arguments_and_runs_nothing():
     assert not ran
 
 
+def test_explain_and_info_know_the_mask():
+    seed = torch.tensor(1)
+    built = extension.has_op("dropout_mask", "cpu")
+    assert ck.explain(ck.dropout_mask, X, 0.5, seed).backend == ("native" if built else "reference")
+    backends = {b.name: b.available for b in ck.info().backends["dropout_mask"]}
+    assert backends["reference"] and backends["native (cpu)"] == built
+
+
 def test_explain_a_merged_layer():
     layer = RoutedLoRALinear.from_linear(nn.Linear(8, 6), 4).eval()
     layer.merge()

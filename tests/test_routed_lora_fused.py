@@ -41,7 +41,19 @@ def test_fused_slices_equal_separate_layers(options, base):
     assert f"slices={slices}" in repr(layer)
 
 
-@pytest.mark.parametrize("slices", [[], [(0, 30)], [(4, 8), (0, 4)], [(0, 5), (4, 8)], [(3, 3)], [(-1, 4)]], ids=str)
+@pytest.mark.parametrize(
+    "slices", [[], [(0, 30)], [(4, 8), (0, 4)], [(0, 5), (4, 8)], [(3, 3)], [(-1, 4)], [1], [(0, 2, 4)]], ids=str
+)
 def test_fused_slices_are_checked(slices):
     with pytest.raises(ValueError, match=r"slices: got"):
+        RoutedLoRAFusedLinear(16, 24, 3, slices=slices)
+    with pytest.raises(ValueError, match=r"slices: got"):
         RoutedLoRAFusedLinear.from_linear(nn.Linear(16, 24), 3, slices=slices)
+
+
+def test_constructed_layer_starts_as_a_linear_layer():
+    layer, x = RoutedLoRAFusedLinear(16, 24, 3, slices=[(0, 8), (12, 24)], frozen_routing=True), torch.randn(2, 16)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert layer.lora_B.shape == (20, 3) and layer.routing.shape == layer.frozen_routing.shape == (2, 3, 3)
+    with pytest.raises(ValueError, match="no bank"):
+        RoutedLoRAFusedLinear(16, 24, 3, slices=[(0, 8)], routing=4)

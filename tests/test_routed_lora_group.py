@@ -6,7 +6,8 @@ import pytest
 import torch
 from strategies import DTYPES
 
-from clora_kernels import RoutedLoRA, routed_lora_linear, routed_lora_linear_group
+from clora_kernels import RoutedLoRA, dropout_mask, routed_lora_linear, routed_lora_linear_group
+from clora_kernels.kernels.routed_lora import aten
 from clora_kernels.reference import routed_lora as reference
 from clora_kernels.reference.routed_lora_samples import make_inputs
 from clora_kernels.testing import assert_fidelity, assert_parity, compare, dispatched
@@ -134,3 +135,35 @@ def test_without_rows(device):
     ys, dx, grads = run(x, layers, dys)
     assert [tuple(y.shape) for y in ys] == [(0, 7, N) for N in OUTPUTS] and dx.shape == x.shape
     assert all(not g.any() for of_layer in grads for g in of_layer.values())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dx_in_16_bit_errs_as_one_rounding_does(device, p):
+    """Parity leaves room for a second rounding; the root mean square of many elements does not."""
+    x = torch.randn(64, 96, device=device).bfloat16()
+    layers, dys = [], [torch.randn(64, 80, device=device).bfloat16() for _ in range(4)]
+    for j in range(4):
+        small = {"lora_A": torch.randn(4, 96, device=device), "lora_B": torch.randn(80, 4, device=device) * 0.1}
+        seed = torch.tensor(j, device=device)
+        weight = torch.randn(80, 96, device=device).bfloat16()
+        layers.append({"x": x, "weight": weight, **small, "dropout_p": p, "dropout_seed": seed})
+    _, dx, _ = run(x, layers, dys, wanted=("lora_A",))
+    exact = torch.zeros(64, 96, dtype=torch.float64, device=device)
+    for layer, dy in zip(layers, dys, strict=True):
+        A, B = (layer[name].bfloat16().double() for name in ("lora_A", "lora_B"))
+        h = ((dy.double() @ B).float() / (1 - p)).bfloat16().double() if p else dy.double() @ B
+        exact += dy.double() @ layer["weight"].double() + dropout_mask(x, p, layer["dropout_seed"]) * (h @ A)
+    error, once = (t.double() - exact for t in (dx, exact.bfloat16()))
+    assert error.square().mean().sqrt() < 1.15 * once.square().mean().sqrt()
+
+
+def test_dx_in_16_bit_in_blocks_of_columns(device, monkeypatch):
+    x, layers, dys = group(device, "bf16+fp32")
+    widened = [{**layer, "x": x.new_zeros(3, 7, 200)} for layer in layers]
+    for layer in widened:
+        layer["weight"] = torch.randn(layer["weight"].shape[0], 200, device=device).bfloat16()
+        layer["lora_A"] = torch.randn(layer["lora_A"].shape[0], 200, device=device)
+    monkeypatch.setitem(aten.SCRATCH_BYTES, "cuda", 1)
+    ys, dx, _ = run(widened[0]["x"], widened, dys)
+    results = {"y": torch.cat(ys, -1).detach(), "x": dx}
+    assert_parity(results, joined(widened[0]["x"], widened), dy=torch.cat(dys, -1), gradients=["x"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clora_kernels import RoutedLoRAFusedLinear, RoutedLoRALinear, routed_lora_linear
+from clora_kernels.modules import adapter
 from clora_kernels.testing import assert_fidelity, assert_parity
 
 
@@ -48,8 +50,9 @@ def test_gate_index_and_seed_reach_the_function():
     layer = make({"routing": 3, "dropout_p": 0.4})
     index, seed = torch.tensor([2, 0, 1, 2]), torch.tensor(7)
     y = layer(x, gate=gate, routing_index=index, dropout_seed=seed)
-    arguments = layer.call_arguments(x, gate, index, seed)
-    assert torch.equal(y, routed_lora_linear(**arguments))
+    options = {"gate": gate, "routing_index": index, "dropout_p": 0.4, "dropout_seed": seed}
+    tensors = (layer.weight, layer.lora_A, layer.lora_B, layer.routing, layer.bias)
+    assert torch.equal(y, routed_lora_linear(x, *tensors, **options))
     assert not torch.equal(y, layer(x, gate=gate, routing_index=index, dropout_seed=torch.tensor(8)))
     layer.eval()
     assert torch.equal(layer(x, routing_index=index), layer(x, routing_index=index, dropout_seed=seed))
@@ -115,10 +118,14 @@ def test_merge_after_learning_starts_from_the_original():
 def test_merge_without_backup_cannot_be_undone_or_saved():
     layer = make().eval()
     layer.merge(backup=None)
-    for undo in (layer.unmerge, layer.state_dict, layer.merge, layer.fold):
+    for undo in (layer.unmerge, layer.state_dict, layer.merge):
         with pytest.raises(RuntimeError, match="backup=None"):
             undo()
     assert layer.merged
+    weight = layer.weight.detach().clone()
+    layer.fold()
+    assert not layer.merged and torch.equal(layer.weight, weight) and not layer.lora_B.any()
+    assert torch.equal(layer.state_dict()["weight"], weight)
 
 
 def test_merge_on_device_leaves_a_tied_weight_alone():
@@ -226,7 +233,10 @@ def test_constructors_name_what_is_wrong():
     for kw, message in (
         ({"r": 0}, "r: got 0"),
         ({"r": 2.5}, "r: got 2.5"),
+        ({"r": True}, "r: got True"),
         ({"r": 2, "dropout_p": 1.5}, "dropout_p: got 1.5"),
+        ({"r": 2, "scaling": torch.ones(2)}, "scaling: got torch.float32 of shape"),
+        ({"r": 2, "adapter_dtype": torch.int32}, r"adapter_dtype: got torch\.int32"),
         ({"r": 2, "routing": False, "frozen_routing": True}, "frozen_routing: got True"),
         ({"r": 2, "routing": 0}, "routing: got 0"),
         ({"r": 2, "backend": "cuda"}, "backend: got 'cuda'"),
@@ -234,9 +244,27 @@ def test_constructors_name_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             RoutedLoRALinear.from_linear(nn.Linear(4, 4), **kw)
+    for kw, message in (({"dropout_p": "a"}, "dropout_p: got str"), ({"scaling": "a"}, "scaling: got str")):
+        with pytest.raises(TypeError, match=message):
+            RoutedLoRALinear.from_linear(nn.Linear(4, 4), 2, **kw)
     with pytest.raises(TypeError, match="linear: got Conv2d"):
         RoutedLoRALinear.from_linear(nn.Conv2d(3, 3, 1), 2)
     with pytest.raises(TypeError, match=r"neither nn\.Linear nor Conv1D"):
         RoutedLoRALinear.from_linear(type("Odd", (nn.Linear,), {})(4, 4), 2)
     with pytest.raises(ValueError, match="no bank"):
         RoutedLoRAFusedLinear.from_linear(nn.Linear(4, 4), 2, slices=[(0, 2)], routing=3)
+
+
+def test_lora_A_starts_kaiming_uniform():
+    torch.manual_seed(0)
+    A, limit = RoutedLoRALinear(400, 8, 16).lora_A, 1 / math.sqrt(400)
+    assert A.abs().max() <= limit and (A.abs() > 0.99 * limit).any() and A.unique().numel() > 6000
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_merging_in_blocks_of_rows(monkeypatch, rows):
+    whole, blocks = make().eval(), make().eval()
+    whole.merge()
+    monkeypatch.setattr(adapter, "_MERGE_ROWS", rows)
+    blocks.merge()
+    torch.testing.assert_close(blocks.weight, whole.weight)

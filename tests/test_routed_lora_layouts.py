@@ -117,3 +117,10 @@ def test_any_call(drawn):
     inputs, dy = drawn
     with unchanged(dy, *tensors_of(inputs)):
         assert_parity(partial(call, backend="aten"), inputs, dy=dy)
+
+
+def test_a_strided_bias(device):
+    """Large enough for every library that a CPU has."""
+    inputs = make_inputs((256,), 256, 256, 4, device=device)
+    inputs["bias"] = torch.randn(512, device=device)[::2]
+    assert_parity(routed_lora_linear, inputs)

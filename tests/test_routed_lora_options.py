@@ -9,7 +9,7 @@ from strategies import DIFFERENTIABLE, DTYPES, call, dy_for
 from clora_kernels import dropout_mask, routed_lora_delta, routed_lora_linear
 from clora_kernels.reference import routed_lora as reference
 from clora_kernels.reference.routed_lora_samples import make_inputs, sample_inputs
-from clora_kernels.testing import assert_parity, evaluate
+from clora_kernels.testing import assert_parity, evaluate, saved_tensors
 
 SAMPLES = [name for name, _ in sample_inputs()]
 
@@ -165,3 +165,34 @@ def test_autocast_leaves_fp64_and_backward_alone(device):
         (dx,) = torch.autograd.grad(y, x, dy_for(inputs))
     assert y.dtype == dx.dtype == torch.float64
     assert_parity({"y": y.detach(), "x": dx}, inputs, dy=dy_for(inputs), gradients=["x"])
+
+
+@pytest.mark.parametrize("dtype, base, expected", [(torch.bfloat16, 256.0, 258.0), (torch.float32, 0.0, 1 + 2**-8)])
+def test_the_adapter_is_not_rounded_before_it_meets_the_base(device, dtype, base, expected):
+    """1 + 2⁻⁸ is 1 in bf16: rounded first, 256 + 1 would be 256, and an fp32 base would get 1."""
+    x, ones = torch.tensor([[1.0, 2.0**-8]], device=device).bfloat16(), torch.ones(1, 2, device=device)
+    base_output = torch.full((1, 1), base, dtype=dtype, device=device)
+    assert routed_lora_delta(x, torch.eye(2, device=device), ones, base_output=base_output).item() == expected
+
+
+def test_a_base_output_is_not_kept_for_backward(device):
+    """Its values enter no gradient, so changing it afterwards must not matter, and it must not occupy memory."""
+    inputs = make_inputs(weight=False, base_output=torch.float32, device=device)
+    base, lora_A = inputs.pop("base_output"), inputs["lora_A"].requires_grad_()
+    inputs.pop("weight", None), inputs.pop("bias", None)
+    with saved_tensors() as saved:
+        y = routed_lora_delta(**inputs, base_output=base)
+    assert not saved.holds(base)
+    expected = torch.autograd.grad(y.sum(), lora_A, retain_graph=True)[0]
+    base.relu_()
+    assert torch.equal(torch.autograd.grad(y.sum(), lora_A)[0], expected)
+
+
+def test_meta_tensors(device):
+    inputs = make_inputs(frozen=True, gate=(3, 1, 5), dropout_p=0.5, device=device)
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    meta["x"].requires_grad_()
+    y = routed_lora_linear(**meta)
+    assert y.shape == (3, 7, 29) and y.device.type == "meta"
+    y.sum().backward()
+    assert meta["x"].grad.shape == meta["x"].shape

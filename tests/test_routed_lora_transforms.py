@@ -9,7 +9,8 @@ import torch
 from strategies import call, dy_for
 from torch.utils.checkpoint import checkpoint
 
-from clora_kernels import routed_lora_linear
+from clora_kernels import RoutedLoRA, routed_lora_linear
+from clora_kernels.autograd.routed_lora.functions import prepare
 from clora_kernels.dispatch.routed_lora import pack_projections
 from clora_kernels.kernels.routed_lora.algebra import Projection
 from clora_kernels.reference.routed_lora_samples import make_inputs
@@ -188,3 +189,13 @@ def test_operators_called_directly_have_the_gradients_of_the_function(device):
     dy = dy_for(inputs)
     expected, got = evaluate(call, inputs, dy, names), evaluate(directly, inputs, dy, names)
     assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_operator_outputs_are_tensors_of_their_own_and_p_takes_no_gradient(device):
+    inputs = make_inputs(device=device)
+    x = inputs.pop("x").requires_grad_()
+    _, projections = prepare(x, [RoutedLoRA(**inputs)] * 2, None)
+    tensors, given = pack_projections(projections)
+    outputs = torch.ops.clora_kernels.routed_lora(x, tensors, given, "aten")
+    assert len({t.untyped_storage().data_ptr() for t in outputs}) == 4
+    assert [t.requires_grad for t in outputs] == [True, True, False, False]

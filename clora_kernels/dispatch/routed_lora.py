@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.routed_lora import aten
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward
-from ..library import define_operator
+from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend
 
@@ -41,12 +41,12 @@ def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, back
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
-        strategy = "low-rank term first, frozen matmul accumulates on it"
+        strategy = "frozen matmul first, low-rank term added onto it in the same precision"
     why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device.type}"
     return Choice("aten", strategy, why)
 
 
-def check_index(j: Projection) -> None:
+def check_index(j: Projection, prefix: str = "") -> None:
     """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
     alone."""
     if j.routing_index is None or not j.routing_index.numel():
@@ -57,7 +57,8 @@ def check_index(j: Projection) -> None:
     bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
     if len(bad):
         position = int(bad[0])
-        raise IndexError(f"routing_index[{position}]: got {int(j.routing_index[position])}, expected 0 <= index < {T}")
+        got = int(j.routing_index[position])
+        raise IndexError(f"{prefix}routing_index[{position}]: got {got}, expected 0 <= index < {T}")
 
 
 def _in_bounds(j: Projection) -> Projection:
@@ -86,9 +87,9 @@ def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
     return [Needs(*needs[i : i + size]) for i in range(0, len(needs), size)]
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """The dtypes are decided before an operator is called; leaving autocast costs 4 µs, so only where it is on."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -105,7 +106,7 @@ def _ready(
 
 def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
     kernels, projections = _ready(x, tensors, given, backend)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         ys, ps = forward(kernels, x, projections)
     return ys + ps
 
@@ -133,7 +134,7 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     kernels, projections = _ready(dys[0], tensors, given, backend)
-    with _without_autocast(dys[0].device.type):
+    with without_autocast(dys[0].device.type):
         dx, of_projections = backward(kernels, dys, x, projections, ps, need_x, _unpack_needs(needs), dtype)
     grads = [dx] + [g for of_one in of_projections for g in of_one]
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Rows of the weight that are merged at a time: bounds the fp32 copy.
 _MERGE_ROWS = 1024
@@ -134,10 +136,14 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the adapter into ``weight`` for good and start it anew; ``state_dict`` then holds the new weight."""
+        """Put the adapter into ``weight`` for good and start it anew; ``state_dict`` then holds the new weight. A layer
+        that was merged with backup=None keeps the weight it has."""
         self.check_mergeable()
-        self.unmerge()
-        self._write_merged(self.weight, into=self.weight)
+        if self._merged and self._unmerged is None:
+            self._merged = False
+        else:
+            self.unmerge()
+            self._write_merged(self.weight, into=self.weight)
         self.reset_adapter()
 
     def _write_merged(self, original: Tensor, into: Tensor) -> None:
@@ -150,14 +156,18 @@ class AdapterLinear(nn.Linear):
         # A plain attribute: registered, the backup would show up in parameters() and be trained, saved and counted.
         object.__setattr__(self, "_unmerged", original)
 
-    def _original(self) -> Tensor:
-        original = self._unmerged
-        if original is None:
+    def check_restorable(self) -> None:
+        """Raise RuntimeError where the layer was merged with backup=None, so that the original weight is gone."""
+        if self._merged and self._unmerged is None:
             raise RuntimeError(
                 "layer was merged with backup=None: the original weight is gone; fold() makes that permanent, "
-                "merge(backup='cpu') keeps it"
+                "merge(backup='cpu') would have kept it"
             )
-        return original
+
+    def _original(self) -> Tensor:
+        self.check_restorable()
+        assert self._unmerged is not None
+        return self._unmerged
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters: what an optimiser of this layer should get."""

@@ -47,7 +47,8 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
         nn.TransformerEncoderLayer) are left alone.
 
     Raises:
-        ValueError: nothing was swapped; says what the model has instead. The model is as it was.
+        ValueError: nothing was swapped; says what the model has instead.
+        TypeError: targets of another type, or a factory that returns no module. The model is as it was each time.
     """
     matches, unmatched = _match(model, targets)
     left = [(name, why) for name, module, parent in matches if (why := _why_left(module, parent)) is not None]
@@ -55,7 +56,7 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
     made: dict[nn.Module, nn.Module] = {}
     for name, module, _ in matches:
         if name not in skipped and module not in made:
-            made[module] = factory(module)
+            made[module] = _made_by(factory, module)
     if not made:
         linear = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
         reasons = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])
@@ -66,6 +67,13 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
         if name not in skipped:
             setattr(parent, name.rpartition(".")[2], made[module])
     return InjectReport(swapped, left, unmatched)
+
+
+def _made_by(factory: Callable[[nn.Module], nn.Module], linear: nn.Module) -> nn.Module:
+    made = factory(linear)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"factory: got {type(made).__name__} from it, expected an nn.Module")
+    return made
 
 
 def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -81,6 +89,8 @@ def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """
     adapters: dict[str, dict[str, Tensor]] = {}
     plain: dict[nn.Module, nn.Module] = {}
+    for layer in _adapted(model).values():
+        layer.check_restorable()
     for layer in _adapted(model).values():
         layer.unmerge()
         plain[layer] = layer.to_linear()
@@ -128,11 +138,13 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
         ``lora_alpha`` is then ``scaling``·rank of lora_A.
 
     Raises:
-        ValueError: no routed LoRA layer, or one with a bank of routings; the model is as it was.
+        ValueError: no routed LoRA layer, or one with a bank of routings; RuntimeError: one that was merged with
+            backup=None; the model is as it was.
     """
     layers = {name: layer for name, layer in _adapted(model).items() if isinstance(layer, RoutedLoRALinear)}
     for layer in layers.values():
         layer.check_mergeable()
+        layer.check_restorable()
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         layer.fold_routing()
@@ -164,6 +176,8 @@ def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Modul
         pattern = re.compile(targets)
         leaves = [child for child in _children(model) if not child[1]._modules]
         named = {pattern.pattern: [child for child in leaves if pattern.fullmatch(child[0])]}
+    elif not isinstance(targets, Iterable):
+        raise TypeError(f"targets: got {type(targets).__name__}, expected names or one regular expression")
     else:
         named = {t: [c for c in _children(model) if c[0] == t or c[0].endswith("." + t)] for t in targets}
     matches = {place[0]: place for found in named.values() for place in found}
@@ -178,6 +192,8 @@ def _why_left(module: nn.Module, parent: nn.Module) -> str | None:
         return why
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it carries hooks, which its replacement would lose"
+    if "forward" in vars(module):
+        return "its forward is patched, which its replacement would not be"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer's inference path reads its weight without calling it"
     return None

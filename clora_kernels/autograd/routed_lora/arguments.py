@@ -121,7 +121,7 @@ def scaling_tensor(scaling: Any, x: Tensor, prefix: str = "") -> Tensor:
     """``scaling`` as a 0-dim tensor. A float enters operators only so: as an argument it would recompile for each
     value."""
     if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or not scaling.is_floating_point():
+        if scaling.dim() != 0 or scaling.dtype not in DTYPES:
             raise ValueError(
                 f"{prefix}scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim "
                 "float tensor"

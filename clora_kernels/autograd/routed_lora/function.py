@@ -88,7 +88,7 @@ class _Plan:
     """What a set of given and of needed tensors means for backward.
 
     ``sources``: for each given tensor the place of its gradient among the operator's outputs, or −1 − j for base_output
-    of projection j, whose gradient is dy, or None.
+    of projection j, whose gradient is dy, or None. ``base_outputs``: their places among the given tensors.
     """
 
     projections: int
@@ -96,6 +96,7 @@ class _Plan:
     needs: tuple[Needs, ...]
     has_x: bool
     sources: tuple[int | None, ...]
+    base_outputs: tuple[int, ...]
 
     @property
     def flat_needs(self) -> tuple[bool, ...]:
@@ -110,14 +111,18 @@ def _plan(given: tuple[bool, ...], needed: tuple[bool, ...]) -> _Plan:
     wanted = [{f: there and next(remaining) for f, there in zip(Projection._fields, row, strict=True)} for row in rows]
     needs = tuple(Needs(*(w[name] for name in Needs._fields)) for w in wanted)
     sources: list[int | None] = []
+    base_outputs = []
     for j, (row, w) in enumerate(zip(rows, wanted, strict=True)):
         for name, there in zip(Projection._fields, row, strict=True):
             if there and name == "base_output":
+                base_outputs.append(len(sources))
                 sources.append(-1 - j if w[name] else None)
             elif there:
                 place = Needs._fields.index(name) if name in Needs._fields and w[name] else None
                 sources.append(None if place is None else 1 + j * len(Needs._fields) + place)
-    return _Plan(len(rows), needed[0], needs, any(n.weight or n.lora_A for n in needs), tuple(sources))
+    return _Plan(
+        len(rows), needed[0], needs, any(n.weight or n.lora_A for n in needs), tuple(sources), tuple(base_outputs)
+    )
 
 
 def _save(
@@ -137,7 +142,9 @@ def _save(
     ctx.plan, ctx.given, ctx.backend, ctx.dtype = plan, tuple(given), backend, x.dtype
     ctx.output_shapes = [(y.shape, y.dtype) for y in output[:n]] if n > 1 else ()
     ps = [p if need.of_p else p.new_empty(0) for p, need in zip(output[n:], plan.needs, strict=True)]
-    ctx.save_for_backward(*([x] if plan.has_x else ()), *ps, *tensors)
+    # of a base output backward reads nothing: an empty tensor keeps its place
+    kept = [t.new_empty(0) if i in plan.base_outputs else t for i, t in enumerate(tensors)]
+    ctx.save_for_backward(*([x] if plan.has_x else ()), *ps, *kept)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice
-from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora
+from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora, without_autocast
 from ...kernels.routed_lora.algebra import Projection
+from ...library import autocast_is_on
 from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAFunction
@@ -109,6 +110,8 @@ def routed_lora_linear_group(
     Raises:
         As :func:`routed_lora_linear`, the argument's name preceded by ``adapters[j].``.
     """
+    if not isinstance(adapters, Sequence):
+        raise TypeError(f"adapters: got {type(adapters).__name__}, expected a sequence of RoutedLoRA")
     adapters = list(adapters)
     if not adapters:
         raise ValueError("adapters: got none, expected at least one RoutedLoRA")
@@ -160,6 +163,8 @@ def routed_lora_delta(
 def _run(
     x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
 ) -> list[Tensor]:
+    if not isinstance(training, bool):
+        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
     x, projections = prepare(x, adapters, base_output, prefix)
     chosen = _choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
@@ -191,7 +196,7 @@ def prepare(
         place = prefix.format(i)
         scaling = scaling_tensor(a.scaling, x, place)
         check_dropout(a.dropout_p, a.dropout_seed, x, place)
-        weight = a.weight.to(dtype) if a.weight is not None and torch.is_autocast_enabled(x.device.type) else a.weight
+        weight = a.weight.to(dtype) if a.weight is not None and autocast_is_on(x.device.type) else a.weight
         j = Projection(
             weight=weight,
             lora_A=a.lora_A,
@@ -207,13 +212,15 @@ def prepare(
             threshold=None,
         )
         check_projection(x, j, place)
+        if not torch.compiler.is_compiling():  # then the operator does it
+            check_index(j, place)
         projections.append(j)
     return x, projections
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype F.linear would compute in: autocast leaves fp64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -223,8 +230,7 @@ def _choose(x: Tensor, projections: list[Projection], backend: str) -> Choice:
 
 
 def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
-    check_index(j)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return reference.forward(
             x,
             j.weight,

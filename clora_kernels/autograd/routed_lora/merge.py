@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ...dispatch.routed_lora import without_autocast
 from ...kernels.routed_lora.algebra import Projection
 from ...reference.routed_lora import accumulation_dtype
 from .arguments import check_projection, check_shape, check_tensor, scaling_tensor
@@ -49,7 +49,7 @@ def merge_routed_lora(
         check_tensor("gate", gate, weight.device)
         check_shape("gate", gate, (lora_A.shape[0],), "(rank,); no gate by sample or token can be merged")
     acc = accumulation_dtype(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         small = lora_B.to(acc)
         if routing is not None:
             total = routing.to(acc) if frozen_routing is None else routing.to(acc) + frozen_routing.to(acc)

@@ -1,2 +1,2 @@
-"""How routed LoRA is computed: ``algebra`` is the algorithm, written once; ``aten`` its four primitives on ATen
+"""How routed LoRA is computed: ``algebra`` is the algorithm, written once; ``aten`` its three primitives on ATen
 matmuls."""

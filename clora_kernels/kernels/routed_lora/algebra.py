@@ -1,8 +1,8 @@
-"""Routed LoRA forward and backward, written once over four primitives that a backend brings.
+"""Routed LoRA forward and backward, written once over three primitives that a backend brings: shrink, linear, reduce.
 
 Notation as in ``reference.routed_lora``. The low-rank side is folded before anything large is touched:
 
-    pack     A [r, K] and C = s·(R_frozen + R)·B [r, N] (with a bank C = s·B), rounded once to x.dtype
+    fold     A [r, K] and C = s·(R_frozen + R)·B [r, N] (with a bank C = s·B), rounded once to x.dtype
     shrink   a big operand times a small one:  x → p = drop(x)·A,  dy → h = dy·Cᵀ              [M, r], unrounded
     linear   y = x·W + q·C + b,   dx = Σ dy·Wᵀ + mask ⊙ ((h ⊙ gate)·Aᵀ)                        the large output
     reduce   a small operand against a big one over M:  dA = gᵀ·drop(x),  U = qᵀ·dy            [r, K], [r, N], unrounded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,23 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
     x, one dropout draw. A gate has n·r entries, slice by slice.
 
     Parameters: lora_A ``[n·r, K]``, lora_B ``[Σ widths, r]``, routing and frozen_routing ``[n, r, r]``, each slice
-        after slice.
+    after slice.
+
+    Args:
+        slices: ascend and do not overlap.
+        Everything else as in :class:`RoutedLoRALinear`; there is no bank of routings.
+
+    Raises:
+        ValueError: no slices, slices that overlap, descend or leave the output; a bank; what RoutedLoRALinear raises.
     """
 
     slices: tuple[tuple[int, int], ...]
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int, *, slices: Sequence[tuple[int, int]], **options: Any
+    ) -> None:
+        self._set_slices(slices, out_features)
+        super().__init__(in_features, out_features, r, **options)
 
     @classmethod
     def from_linear(  # type: ignore[override]
@@ -39,26 +53,27 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> RoutedLoRAFusedLinear:
-        """As :meth:`RoutedLoRALinear.from_linear`; ``slices`` ascend and do not overlap.
-
-        Raises:
-            ValueError: no slices, slices that overlap, descend or leave the output; a bank of routings.
-        """
+        """As :meth:`RoutedLoRALinear.from_linear`, on these slices of its output."""
         self = cls._around(linear)
-        edges = [edge for pair in slices for edge in pair]
-        inside = edges and edges[0] >= 0 and edges[-1] <= self.out_features
-        if not inside or any(a > b for a, b in itertools.pairwise(edges)) or any(a == b for a, b in slices):
-            raise ValueError(
-                f"slices: got {list(slices)}, expected ascending (start, stop) pairs that do not overlap, within "
-                f"0..{self.out_features}"
-            )
-        if not isinstance(routing, bool):
-            raise ValueError(f"routing: got {routing!r}, expected True or False; a fused layer has no bank of routings")
-        self.slices = tuple((int(a), int(b)) for a, b in slices)
+        self._set_slices(slices, self.out_features)
         self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
         return self
 
+    def _set_slices(self, slices: Sequence[tuple[int, int]], out_features: int) -> None:
+        if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in slices):
+            raise ValueError(f"slices: got {list(slices)}, expected (start, stop) pairs")
+        edges = [edge for pair in slices for edge in pair]
+        inside = edges and edges[0] >= 0 and edges[-1] <= out_features
+        if not inside or any(a > b for a, b in itertools.pairwise(edges)) or any(a == b for a, b in slices):
+            raise ValueError(
+                f"slices: got {list(slices)}, expected ascending (start, stop) pairs that do not overlap, within "
+                f"0..{out_features}"
+            )
+        self.slices = tuple((int(a), int(b)) for a, b in slices)
+
     def _adapter_shapes(self, routing: bool | int) -> dict[str, tuple[int, ...]]:
+        if not isinstance(routing, bool):
+            raise ValueError(f"routing: got {routing!r}, expected True or False; a fused layer has no bank of routings")
         n = len(self.slices)
         shapes: dict[str, tuple[int, ...]] = {
             "lora_A": (n * self.r, self.in_features),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
+from ...autograd.routed_lora.arguments import DTYPES, check_dropout, scaling_tensor
 from ...dispatch.routed_lora import choose
 from ..adapter import AdapterLinear, default_adapter_dtype
 
@@ -32,7 +33,8 @@ class RoutedLoRALinear(AdapterLinear):
         backend: as in :func:`clora_kernels.routed_lora_linear`.
 
     Raises:
-        ValueError: r < 1, dropout_p outside [0, 1], an empty bank, frozen_routing without routing.
+        ValueError, TypeError: r < 1, dropout_p outside [0, 1], a scaling that is no 0-dim number, an adapter_dtype that
+            is not floating, an empty bank, frozen_routing without routing.
     """
 
     lora_A: nn.Parameter
@@ -93,10 +95,12 @@ class RoutedLoRALinear(AdapterLinear):
         adapter_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"dropout_p: got {dropout_p!r}, expected a number from 0 to 1")
+        check_dropout(dropout_p, None, self.weight)
+        scaling_tensor(scaling, self.weight)
+        if adapter_dtype is not None and adapter_dtype not in DTYPES:
+            raise ValueError(f"adapter_dtype: got {adapter_dtype}, expected one of {', '.join(map(str, DTYPES))}")
         if not isinstance(routing, bool) and (not isinstance(routing, int) or routing < 1):
             raise ValueError(f"routing: got {routing!r}, expected True, False or the number of routings of a bank")
         if frozen_routing and routing is False:
