@@ -76,11 +76,8 @@ def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         weight = b[piece].mT if b.is_contiguous() else b.mT[:, piece].contiguous()
         for first in range(0, m, rows):
             block = slice(first, first + rows)
-            part = linear(a[block, piece].contiguous(), weight, None if start else bias, "none", [], "")
-            if start:
-                y[block].add_(part)
-            else:
-                y[block] = part
+            take = y[block].add_ if start else y[block].copy_
+            take(linear(a[block, piece].contiguous(), weight, None if start else bias, "none", [], ""))
     return y
 
 

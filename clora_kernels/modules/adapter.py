@@ -181,14 +181,8 @@ class AdapterLinear(nn.Linear):
         names = [*self._parameters, *self._buffers]
         return [k for k in names if k not in ("weight", "bias") and getattr(self, k) is not None]
 
-    @torch.no_grad()
-    def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy an adapter in, strictly; nothing is written unless everything fits.
-
-        Raises:
-            ValueError: missing or unexpected names, or a shape that differs; says which.
-            RuntimeError: the layer is merged.
-        """
+    def check_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raise as :meth:`load_adapter_state_dict` would; change nothing."""
         if self._merged:
             raise RuntimeError("layer is merged: call unmerge() before loading an adapter")
         own = self.adapter_state_dict()
@@ -199,7 +193,17 @@ class AdapterLinear(nn.Linear):
             if state_dict[name].shape != tensor.shape:
                 got, expected = tuple(state_dict[name].shape), tuple(tensor.shape)
                 raise ValueError(f"state_dict[{name!r}]: got shape {got}, expected {expected}")
-        for name, tensor in own.items():
+
+    @torch.no_grad()
+    def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy an adapter in, strictly; nothing is written unless everything fits.
+
+        Raises:
+            ValueError: missing or unexpected names, or a shape that differs; says which.
+            RuntimeError: the layer is merged.
+        """
+        self.check_adapter_state_dict(state_dict)
+        for name, tensor in self.adapter_state_dict().items():
             tensor.copy_(state_dict[name])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -84,6 +84,8 @@ def shrink(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> l
         for t, d, o in zip(small, dropout, out, strict=True):
             rows = shared if d is None else _factor(big, block, d)
             o[block] = _matmul_unrounded(rows, t.to(rows.dtype).mT)
+            del rows  # or two blocks are alive while the next is made
+        del shared
     return out
 
 
@@ -99,6 +101,8 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
         for t, d, o in zip(small, dropout, out, strict=True):
             rows = shared if d is None else _factor(big, block, d)
             o += _matmul_unrounded(t[block].to(rows.dtype).mT, rows)
+            del rows
+        del shared
     return out
 
 
@@ -133,6 +137,7 @@ def _low_rank_last(
         for block in _row_blocks(y):
             part = matmul(a[block], b)
             y[block].add_(part if d is None else part.mul_(_kept(block, y.shape[1], d)))
+            del part
     return y
 
 

@@ -1,0 +1,155 @@
+"""Results of a run: stamped, saved after every point, read back to go on; as tables and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import environment  # noqa: F401
+import torch
+
+import clora_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("forward", "backward", "both")
+Row = dict[str, Any]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on: commit and whether the tree differs from it, device, threads, versions."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") or None,
+        "dirty": bool(_git("status", "--porcelain", "--", "clora_kernels", "csrc", "benchmarks/*.py", "setup.py")),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": _device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "clora_kernels": clora_kernels.__version__,
+        **{name: _version(name) for name in ("torch", "triton", "peft")},
+    }
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, and the rows as CSV beside it, each at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(content, indent=1) + "\n")
+    flat = [flatten(row) for row in content["rows"]]
+    if flat:
+        columns = list(dict.fromkeys(column for row in flat for column in row))
+        beside = path.with_suffix(".csv.part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(flat)
+        beside.replace(path.with_suffix(".csv"))
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def flatten(row: Row, prefix: str = "") -> Row:
+    """Nested keys joined by dots."""
+    flat: Row = {}
+    for key, value in row.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+HEADER = (
+    f"{'':<14}{'forward':>10}{'backward':>10}{'both':>10}  {'time / frozen: fwd   bwd  both (p20-p80)':<42}"
+    f"{'of floor':>9}{'peak MiB':>10}{'alpha':>8}"
+)
+
+
+def table(rows: list[Row]) -> str:
+    """One line a contestant of a point: milliseconds, ratios to the frozen layer, part of the floor, memory, alpha."""
+    return "\n".join(_line(row) for row in rows)
+
+
+def _line(row: Row) -> str:
+    if "skipped" in row:
+        return f"{row['contestant']:<14}{row['skipped']}"
+    ms = "".join(f"{row['seconds'][part]['median'] * 1e3:>10.3f}" for part in PARTS)
+    ratio = row["ratio_to"]["frozen"]
+    spread = f"({ratio['both']['p20']:.3f}-{ratio['both']['p80']:.3f})"
+    ratios = "".join(f"{ratio[part]['median']:>7.3f}" for part in PARTS)
+    alpha = "" if row["alpha"] is None else f"{row['alpha']:.3f}" + ("" if row["faithful"] else "!")
+    above = "" if row["peak_above_frozen_bytes"] is None else f"{row['peak_above_frozen_bytes'] / 2**20:.2f}"
+    reached = f"{row['floor_reached']['both']:.2f}"
+    return f"{row['contestant']:<14}{ms}  {ratios + ' ' + spread:<42}{reached:>9}{above:>10}{alpha:>8}"
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def against(rows: list[Row], baseline: str, contestant: str = "ours") -> str:
+    """Time and memory of a contestant over a baseline's at all points that have both: means, extremes, the slower."""
+    by_key = {(row["point"]["name"], row["contestant"]): row for row in rows if "skipped" not in row}
+    names = [name for name, who in by_key if who == baseline and (name, contestant) in by_key]
+    if not names:
+        return f"{contestant} / {baseline}: no point has both"
+    mine = {name: by_key[name, contestant] for name in names}
+    both = {name: row["ratio_to"][baseline]["both"] for name, row in mine.items()}
+    means = ", ".join(
+        f"{part} {geometric_mean([row['ratio_to'][baseline][part]['median'] for row in mine.values()]):.3f}"
+        for part in PARTS
+    )
+    memory = {
+        name: row["peak_above_frozen_bytes"] / theirs
+        for name, row in mine.items()
+        if (theirs := by_key[name, baseline]["peak_above_frozen_bytes"] or 0) > 0
+    }
+    slowest = max(both, key=lambda name: both[name]["median"])
+    lines = [
+        f"{contestant} / {baseline}, {len(names)} points: time, geometric mean: {means}; "
+        f"largest {both[slowest]['median']:.3f} ({slowest})"
+    ]
+    slower = [f"{name} {ratio['median']:.3f}" for name, ratio in both.items() if ratio["p20"] > 1]
+    lines.append(f"  slower beyond the spread (20th percentile of the ratio above 1): {', '.join(slower) or 'nowhere'}")
+    if memory:
+        worst = max(memory, key=memory.__getitem__)
+        lines.append(
+            f"  peak memory above the frozen layer: geometric mean "
+            f"{geometric_mean([max(m, 1e-3) for m in memory.values()]):.3f}, largest {memory[worst]:.3f} ({worst})"
+        )
+    return "\n".join(lines)

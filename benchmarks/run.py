@@ -1,0 +1,191 @@
+"""Measure routed LoRA against the frozen linear layer, PEFT and others, at named points.
+
+    python benchmarks/run.py                       every point of the device at hand
+    python benchmarks/run.py --quick               the quick points, in 90 seconds
+    python benchmarks/run.py --points vit-q-bf16   some points (names: benchmarks/points.py)
+    python benchmarks/run.py --resume FILE         go on where FILE was left
+    python benchmarks/run.py --gpu-suite           build, test, measure and tune on a GPU in 9 minutes
+    python benchmarks/run.py --gpu-suite --device cpu    the same command in short form, without a GPU
+
+A point is measured after its results were checked (benchmarks/checks.py). Results go to stdout and, after every point,
+to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+from checks import Verdict, check, truths
+from contestants import BUILDERS, OURS, Contestant, make_problem, why_not
+from points import Point, chosen, points_of
+from roofline import Ceilings, frozen_floor, measure_ceilings, routed_lora_floor
+from timing import Spread, peak_bytes, take_turns
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def measure_point(
+    point: Point, names: list[str], device: torch.device, ceilings: Ceilings, seconds: float, clock: str
+) -> list[results.Row]:
+    """A row for each contestant of a point; those that cannot take part, or failed their check, say why."""
+    described = {**asdict(point), "dtype": str(point.dtype).removeprefix("torch.")}
+    problem = make_problem(point, device)
+    truth = truths(problem)
+    running: dict[str, Contestant] = {}
+    verdicts: dict[str, Verdict] = {}
+    rows: list[results.Row] = []
+    for name in names:
+        reason = why_not(name, point, device)
+        if reason is None:
+            try:
+                verdicts[name] = check(name, problem, truth)
+                running[name] = BUILDERS[name](problem, point.dropout_p)
+            except Exception as error:  # a contestant that fails is a finding of the run, not its end
+                if name in OURS or name == "frozen":
+                    raise
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if reason is not None:
+            rows.append({"point": described, "contestant": name, "skipped": reason})
+    del truth
+    turns = {name: (c.forward, c.backward) for name, c in running.items()}
+    rounds = take_turns(turns, device, seconds, clock=CLOCKS[clock])
+    peaks = {name: peak_bytes(c.forward, c.backward, device) for name, c in running.items()}
+    for name in running:
+        floor = frozen_floor(point) if name == "frozen" else routed_lora_floor(point)
+        floor_seconds = floor.seconds(ceilings, point.dtype)
+        yardsticks = list(running) if name in OURS else ["frozen"]
+        spreads = {part: asdict(Spread.of(values)) for part, values in rounds[name].parts().items()}
+        row = {
+            "point": described,
+            "contestant": name,
+            "rounds": len(rounds[name].forward),
+            "seconds": spreads,
+            "ratio_to": {
+                other: {part: asdict(spread) for part, spread in rounds[name].ratios(rounds[other]).items()}
+                for other in yardsticks
+                if other != name or name == "frozen"
+            },
+            "floor": floor.as_json(),
+            "floor_seconds": floor_seconds,
+            "floor_reached": {part: floor_seconds[part] / spreads[part]["median"] for part in spreads},
+            "peak_bytes": peaks[name],
+            "peak_above_frozen_bytes": None if name == "frozen" else peaks[name] - peaks["frozen"],
+            **asdict(verdicts[name]),
+        }
+        rows.append(row)
+    order = {name: i for i, name in enumerate(names)}
+    return sorted(rows, key=lambda row: order[row["contestant"]])
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> int:
+    points = chosen(points_of(device), arguments.points, arguments.quick)
+    names = arguments.contestants.split(",") if arguments.contestants else default_contestants(arguments.quick)
+    path, content = opened(arguments, device)
+    content["stamp"]["clock"] = "events" if device.type == "cuda" else arguments.clock
+    done = {row["point"]["name"] for row in content["rows"]}
+    dtypes = tuple(dict.fromkeys([torch.bfloat16, torch.float32, *(point.dtype for point in points)]))
+    ceilings = measure_ceilings(device, dtypes, CLOCKS[arguments.clock])
+    content["ceilings"].append(ceilings.as_json())
+    s = content["stamp"]
+    print(f"{s['device']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}{'+' if s['dirty'] else ''}")
+    print(f"ceilings: {ceilings}\n\n{results.HEADER}")
+    deadline = time.monotonic() + arguments.limit if arguments.limit else float("inf")
+    for point in points:
+        if point.name in done:
+            continue
+        if time.monotonic() > deadline:
+            print(f"the time is up: {point.name} and what follows was not measured; --resume {path} goes on")
+            break
+        rows = measure_point(point, names, device, ceilings, arguments.seconds, arguments.clock)
+        content["rows"] += rows
+        results.save(path, content)
+        print(f"\n{point}\n{results.table(rows)}", flush=True)
+    print()
+    for contestant in OURS:
+        if contestant in names:
+            for baseline in names:
+                if baseline not in OURS:
+                    print(results.against(content["rows"], baseline, contestant))
+    print(f"\nsaved: {path} and {path.with_suffix('.csv').name}")
+    return 0
+
+
+def default_contestants(quick: bool) -> list[str]:
+    """All of them, those that compile or are not installed saying so; a quick run leaves out what compiles."""
+    return [name for name in BUILDERS if not (quick and name == "peft_compiled")]
+
+
+def opened(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, dict[str, Any]]:
+    """The file of the results and what it holds already."""
+    stamp = results.stamp(device)
+    if arguments.resume:
+        path = Path(arguments.resume)
+        content = json.loads(path.read_text()) if path.exists() else None
+        if content is not None:
+            fixed = ("commit", "dirty", "device", "torch", "threads")
+            changed = [k for k in fixed if content["stamp"][k] != stamp[k]]
+            if changed:
+                raise SystemExit(
+                    f"--resume {path}: it was measured with another {', '.join(changed)}; start a new file"
+                )
+            return path, content
+    else:
+        kind = "quick" if arguments.quick else "some" if arguments.points else "all"
+        when = stamp["date"].replace(":", "").replace("-", "")[:15]
+        path = Path(arguments.output or results.ROOT / "benchmarks" / "results" / f"{device.type}-{kind}-{when}.json")
+    return path, {"stamp": stamp, "ceilings": [], "rows": []}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--quick", action="store_true", help="the quick points, with less time for each")
+    parser.add_argument("--points", help="comma-separated names of points")
+    parser.add_argument("--contestants", help=f"comma-separated, of: {', '.join(BUILDERS)}")
+    parser.add_argument("--seconds", type=float, help="time to measure each point (default 6; quick 2)")
+    parser.add_argument("--limit", type=float, help="seconds after which no further point is begun")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor time, for one thread on a machine others use too",
+    )
+    parser.add_argument("--output", help="file of the results (default: benchmarks/results/...json)")
+    parser.add_argument("--resume", help="file of an earlier run to go on with; made if it is not there")
+    parser.add_argument("--gpu-suite", action="store_true", help="build, test, measure and tune in one command")
+    arguments = parser.parse_args()
+    unknown = [name for name in (arguments.contestants or "").split(",") if name and name not in BUILDERS]
+    if unknown:
+        parser.error(f"--contestants: got {', '.join(unknown)}, expected some of {', '.join(BUILDERS)}")
+    if arguments.seconds is None:
+        arguments.seconds = 2.0 if arguments.quick else 6.0
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA device here")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(torch|peft)")
+    if arguments.gpu_suite:
+        from suite import run_suite
+
+        return run_suite(device)
+    return run(arguments, device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Mutants of the losses of continual learning."""
+
+from .mutant import mutants_of
+
+CONTINUAL = mutants_of(
+    "clora_kernels/continual/losses.py",
+    "losses",
+    ("tests/test_continual_losses.py", "tests/test_continual_clora.py"),
+    [
+        (
+            "basis-transposed",
+            "the rows of the routing are measured in the transposed basis",
+            "(basis.mT @ routing).square().sum()",
+            "(basis @ routing).square().sum()",
+        ),
+        (
+            "routing-transposed",
+            "the columns of the routing are measured, not its rows",
+            "(basis.mT @ routing).square().sum()",
+            "(basis.mT @ routing.mT).square().sum()",
+        ),
+        (
+            "not-squared",
+            "the norm is not squared",
+            "(basis.mT @ routing).square().sum()",
+            "(basis.mT @ routing).norm()",
+        ),
+        (
+            "mean",
+            "a mean in place of the sum",
+            "(basis.mT @ routing).square().sum()",
+            "(basis.mT @ routing).square().mean()",
+        ),
+        (
+            "right-vectors",
+            "right singular vectors in place of left ones",
+            "left, sigma, _ = torch.linalg.svd(matrix.double())",
+            "left, sigma, _ = torch.linalg.svd(matrix.double().mT)",
+        ),
+        (
+            "energy-not-squared",
+            "energy is measured in singular values, not in their squares",
+            "held = sigma.square().cumsum(-1)\n    before = held - sigma.square()",
+            "held = sigma.cumsum(-1)\n    before = held - sigma",
+        ),
+        (
+            "one-vector-too-few",
+            "the vector that reaches the energy is left out",
+            "(before < energy * held[..., -1:])",
+            "(held < energy * held[..., -1:])",
+        ),
+        (
+            "rounding-taken-for-rank",
+            "vectors of singular values that are rounding alone are taken at energy 1",
+            " & (sigma > matrix.shape[-1] * eps * sigma[..., :1])",
+            "",
+        ),
+        (
+            "rows-in-place-of-columns",
+            "rows are left out in place of columns",
+            "left * wanted[..., None, :]",
+            "left * wanted[..., :, None]",
+        ),
+        ("energy-unchecked", "an energy above 1 is not refused", "if not 0.0 <= value <= 1.0:", "if not 0.0 <= value:"),
+        (
+            "leading-dimensions-unchecked",
+            "other leading dimensions are not refused",
+            "if routing.shape[:-2] != basis.shape[:-2] or ",
+            "if ",
+        ),
+        (
+            "norm-of-one-factor",
+            "the norm of a product is the product of norms",
+            'torch.linalg.qr(left.double(), "r").R @ torch.linalg.qr(right.double(), "r").R.mT',
+            "left.double().norm() * right.double().norm().reshape(1, 1)",
+        ),
+    ],
+)

@@ -1,0 +1,166 @@
+"""Mutants of the autograd functions of routed LoRA."""
+
+from .mutant import mutants_of
+
+_FUNCTION = mutants_of(
+    "clora_kernels/autograd/routed_lora/function.py",
+    "function",
+    tuple(f"tests/test_routed_lora_{what}.py" for what in ("needs", "group", "options", "transforms")),
+    [
+        (
+            "p-always-saved",
+            "p is saved where nothing reads it",
+            "ps = [p if need.of_p else p.new_empty(0) for",
+            "ps = [p for",
+        ),
+        (
+            "x-always-saved",
+            "x is saved where neither lora_A nor the weight learns",
+            "any(n.weight or n.lora_A for n in needs)",
+            "True",
+        ),
+        (
+            "x-not-saved-for-dA",
+            "x is not saved where lora_A alone reads it",
+            "any(n.weight or n.lora_A for n in needs)",
+            "any(n.weight for n in needs)",
+        ),
+        (
+            "x-not-saved-for-dW",
+            "x is not saved where the weight alone reads it",
+            "any(n.weight or n.lora_A for n in needs)",
+            "any(n.lora_A for n in needs)",
+        ),
+        (
+            "needs-ignored",
+            "every gradient is computed, wanted or not",
+            "output, needed[:1] + needed[3:])",
+            "output, needed[:1] + tuple(t.is_floating_point() for t in tensors))",
+        ),
+        (
+            "need-of-x-ignored",
+            "dx is computed, wanted or not",
+            "output, needed[:1] + needed[3:])",
+            "output, (True,) + needed[3:])",
+        ),
+        (
+            "unused-outputs",
+            "outputs of a group that were not used are taken for ones",
+            "like.new_zeros(shapes[i][0], dtype=shapes[i][1])",
+            "like.new_ones(shapes[i][0], dtype=shapes[i][1])",
+        ),
+        (
+            "unused-outputs-in-another-shape",
+            "outputs of a group that were not used are taken to have the shape of one that was",
+            "like.new_zeros(shapes[i][0], dtype=shapes[i][1])",
+            "like.new_zeros(like.shape, dtype=shapes[i][1])",
+        ),
+        (
+            "gradients-of-another-layer",
+            "in a group gradients go to another layer",
+            "1 + j * len(Needs._fields) + place",
+            "1 + (len(rows) - 1 - j) * len(Needs._fields) + place",
+        ),
+        (
+            "base-output-without-gradient",
+            "the base output gets no gradient",
+            "sources.append(-1 - j if w[name] else None)",
+            "sources.append(None)",
+        ),
+        (
+            "double-backward-silent",
+            "a second differentiation finds no graph in place of an error",
+            "    if torch.is_grad_enabled():\n",
+            "    if False:\n",
+        ),
+        (
+            "double-backward-zero",
+            "a second differentiation gives nothing in place of an error",
+            '        raise RuntimeError(_unsupported("double backward"))\n',
+            "        return (None,) * len(ctx.needs_input_grad)\n",
+        ),
+        (
+            "operator-without-dx",
+            "the operator called directly gives no gradient of x",
+            "needed = tuple(t.requires_grad for t in (x, *tensors))",
+            "needed = (False, *(t.requires_grad for t in tensors))",
+        ),
+        (
+            "dtype-of-backward",
+            "backward runs in the dtype of p",
+            "ctx.backend, ctx.dtype = plan, tuple(given), backend, x.dtype",
+            "ctx.backend, ctx.dtype = plan, tuple(given), backend, output[n].dtype",
+        ),
+        (
+            "p-differentiable",
+            "p passes for an output that can be differentiated",
+            "    ctx.mark_non_differentiable(*output[n:])\n",
+            "",
+        ),
+    ],
+)
+
+_FUNCTIONS = mutants_of(
+    "clora_kernels/autograd/routed_lora/functions.py",
+    "functions",
+    tuple(f"tests/test_routed_lora_{what}.py" for what in ("options", "errors", "dropout", "merge")),
+    [
+        (
+            "autocast-weight-not-cast",
+            "under autocast the weight keeps its dtype",
+            "weight = a.weight.to(dtype) if a.weight is not None and",
+            "weight = a.weight.to(a.weight.dtype) if a.weight is not None and",
+        ),
+        (
+            "autocast-ignored",
+            "autocast does not reach the layer",
+            "    if autocast_is_on(x.device.type) and x.dtype != torch.float64:",
+            "    if autocast_is_on(x.device.type) and x.dtype == torch.float64:",
+        ),
+        (
+            "autocast-casts-fp64",
+            "autocast casts fp64 down",
+            "    if autocast_is_on(x.device.type) and x.dtype != torch.float64:",
+            "    if autocast_is_on(x.device.type):",
+        ),
+        (
+            "training-ignored",
+            "dropout drops outside training",
+            "dropout_tensors(adapter.dropout_p, adapter.dropout_seed, training, x)",
+            "dropout_tensors(adapter.dropout_p, adapter.dropout_seed, True, x)",
+        ),
+        ("group-names-no-layer", "errors of a group do not tell which layer", "adapters[{}].", "adapters."),
+        (
+            "reference-without-gate",
+            "backend='reference' forgets the gate",
+            "            gate=j.gate,\n            scaling=j.scaling,\n            dropout_p",
+            "            gate=None,\n            scaling=j.scaling,\n            dropout_p",
+        ),
+        (
+            "reference-without-seed",
+            "backend='reference' does not drop",
+            "dropout_seed=j.seed,",
+            "dropout_seed=None,",
+        ),
+        (
+            "reference-index-unchecked",
+            "backend='reference' does not check routing_index",
+            "            check_index(j, place)\n",
+            "            place.strip()\n",
+        ),
+        (
+            "empty-group-passes",
+            "a group of no layers is not refused",
+            "    if not adapters:\n",
+            "    if adapters is None:\n",
+        ),
+        (
+            "checks-skipped",
+            "the arguments are not checked",
+            "        check_projection(x, j, place)\n",
+            "",
+        ),
+    ],
+)
+
+AUTOGRAD = [*_FUNCTION, *_FUNCTIONS]

@@ -1,0 +1,93 @@
+"""Mutants of the operators of routed LoRA and of their dispatch."""
+
+from .mutant import mutants_of
+
+_FILE = "clora_kernels/dispatch/routed_lora.py"
+_TESTS = tuple(f"tests/test_routed_lora_{what}.py" for what in ("errors", "transforms", "options", "compile"))
+
+DISPATCH = mutants_of(
+    _FILE,
+    "dispatch",
+    _TESTS,
+    [
+        (
+            "negative-index-passes",
+            "a negative routing_index is not refused",
+            "bad = ((j.routing_index < 0) | (j.routing_index >= T))",
+            "bad = (j.routing_index >= T)",
+        ),
+        (
+            "index-one-too-large-passes",
+            "routing_index = T is not refused",
+            "(j.routing_index >= T)",
+            "(j.routing_index > T)",
+        ),
+        (
+            "fake-dtype-of-y",
+            "the fake y has the dtype of x beside a base output of another",
+            "dtype=x.dtype if j.base_output is None else j.base_output.dtype",
+            "dtype=x.dtype",
+        ),
+        (
+            "fake-dtype-of-p",
+            "the fake p has the dtype of x",
+            "dtype=accumulation_dtype(x.dtype)) for j in projections]",
+            "dtype=x.dtype) for j in projections]",
+        ),
+        (
+            "fake-shape-of-p",
+            "the fake p has the rows of x unflattened",
+            "x.new_empty(M, j.lora_A.shape[0],",
+            "x.new_empty(*lead, j.lora_A.shape[0],",
+        ),
+        (
+            "fake-gradients-in-another-order",
+            "the fake gradients of gate and bias change places",
+            "j.routing, j.gate, j.bias, j.scaling]",
+            "j.routing, j.bias, j.gate, j.scaling]",
+        ),
+        (
+            "fake-dtype-of-dx",
+            "the fake dx has the dtype of dy",
+            "projections[0].lora_A.shape[1], dtype=dtype)]",
+            "projections[0].lora_A.shape[1], dtype=dy.dtype)]",
+        ),
+        (
+            "autocast-inside",
+            "under autocast the fp32 sums are cast down",
+            "    if autocast_is_on(device_type):\n",
+            "    if device_type is None:\n",
+        ),
+        (
+            "unknown-backend-passes",
+            "any backend is taken for aten",
+            '    check_backend("routed_lora", backend, MISSING)\n',
+            "",
+        ),
+        (
+            "reference-taken-for-aten",
+            "backend='reference' runs aten",
+            'if backend == "reference":',
+            'if backend == "plain":',
+        ),
+    ],
+) + mutants_of(
+    _FILE,
+    "dispatch-cuda",
+    _TESTS,
+    [
+        (
+            "index-out-of-the-bank",
+            "an index that is not checked reads outside the bank",
+            "return j._replace(routing_index=j.routing_index.clamp(0, j.routing.shape[0] - 1))",
+            "return j",
+        ),
+        (
+            "indices-checked-always",
+            "the index check syncs with the device on every call",
+            'os.environ.get("CLORA_CHECK_INDICES") != "1"',
+            'os.environ.get("CLORA_CHECK_INDICES") == "0"',
+        ),
+    ],
+    gpu=True,
+)

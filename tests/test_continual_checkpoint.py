@@ -1,0 +1,114 @@
+"""Saving in the middle of a task and going on bit for bit; files that do not fit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from methods import METHODS
+from sequences import TARGETS, Net, batch, learn
+from torch import Tensor, nn
+
+from clora_kernels.continual import CLoRA, load_run, save_run
+
+
+class Session:
+    """A method in training with dropout, a head and a schedule."""
+
+    def __init__(self, make: Any, base: Net) -> None:
+        self.method = make(copy.deepcopy(base), dropout_p=0.25)
+        self.head = nn.Linear(3, 3)
+
+    def begin(self) -> None:
+        self.method.begin_task()
+        self.prepare()
+
+    def prepare(self) -> None:
+        self.optimizer = torch.optim.SGD(
+            [*self.method.param_groups(0.1), {"params": list(self.head.parameters())}], lr=0.05, momentum=0.9
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 10)
+
+    def train(self, numbers: range) -> None:
+        for number in numbers:
+            x, labels = batch(self.method.task, number)
+            self.method.training_step(
+                x, lambda x=x, y=labels: F.cross_entropy(self.head(self.method.model(x)), y), self.optimizer
+            )
+            self.schedule.step()
+
+    def finish(self) -> dict[str, Tensor]:
+        self.train(range(6, 10))
+        self.method.end_task()
+        self.begin()
+        self.train(range(5))
+        return {k: v.clone() for k, v in [*self.method.state_dict().items(), *self.head.state_dict().items()]}
+
+    def objects(self) -> dict[str, Any]:
+        return {"head": self.head, "optimizer": self.optimizer, "schedule": self.schedule}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_goes_on_bit_for_bit_from_the_middle_of_a_task(name: str, tmp_path) -> None:
+    base = Net()
+    session = Session(METHODS[name], base)
+    session.begin()
+    session.train(range(10))
+    session.method.end_task()
+    session.begin()
+    session.train(range(6))
+    path = save_run(tmp_path / "run.safetensors", session.method, **session.objects())
+    expected = session.finish()
+
+    resumed = Session(METHODS[name], base)
+    run = load_run(path, resumed.method)
+    resumed.prepare()
+    run.restore(**resumed.objects())
+    assert (resumed.method.task, resumed.method.in_task) == (2, True)
+    got = resumed.finish()
+    assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path) -> None:
+    method = METHODS["c-lora"](Net())
+    learn(method, 1)
+    path = save_run(tmp_path / "run.safetensors", method)
+    with pytest.raises(ValueError, match=r"objects: got \['head'\], expected those of the file, \[\]"):
+        load_run(path, method).restore(head=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"missing \['frozen_routing', 'routing'\]|unexpected"):
+        load_run(path, METHODS["lora"](Net()))
+    with pytest.raises(ValueError, match=r"missing \[\], unexpected \['layers.second"):
+        load_run(path, CLoRA(Net(), ["first"], r=4))
+    with pytest.raises(ValueError, match="shape"):
+        load_run(path, CLoRA(Net(), TARGETS, r=2))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_run(tmp_path / "nowhere", method)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="without a run in it"):
+        load_run(tmp_path / "other.safetensors", method)
+
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": [1, {"b": object()}]}
+
+    with pytest.raises(TypeError, match="objects/odd/a/1/b: got object"):
+        save_run(path, method, odd=Odd())
+    load_run(path, method)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    method, other = METHODS["c-lora"](Net()), METHODS["c-lora"](Net())
+    learn(method, 1)
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    last = [k for k in state if k.endswith("lora_B")][-1]
+    state[last] = state[last][:1]
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"state_dict\['lora_B'\]: got shape"):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)

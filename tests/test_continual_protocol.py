@@ -1,0 +1,176 @@
+"""The protocol: attaching, the order of the hooks, a method of one's own, inference, and going on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from methods import METHODS, OLoRA
+from sequences import TARGETS, Net, batch, learn, train
+from torch import Tensor, nn
+
+from clora_kernels.continual import ContinualMethod, SequentialLoRA, vit_targets
+
+
+def test_a_method_in_one_file_gets_its_hooks_in_order() -> None:
+    method = OLoRA(Net(), TARGETS)
+    method.begin_task()
+    optimizer = torch.optim.SGD(method.param_groups(0.1))
+    losses = train(method, optimizer, 1, range(2))
+    steps = ["steps on (8, 6)", "adjust pull", "losses", "adjust task"]
+    assert method.calls == ["start", "check", *steps, *steps]
+    # The extra step was a step of its own, on gradients as the hook left them.
+    assert not method.moved[0].any() and method.moved[1:].all()
+    assert [set(x) for x in losses] == [{"pull", "task"}] * 2
+    assert not any(v.requires_grad for x in losses for v in x.values())
+    report = method.end_task()
+    assert (report.measures, report.task, report.trainable) == ({"bases": 2.0}, 1, 2 * (6 + 9) + 2 * (9 + 5))
+    method.begin_task()
+    (losses,) = train(method, torch.optim.SGD(method.param_groups(0.1)), 2, range(1))
+    assert losses["overlap"] > 0
+    assert method.end_task().stored > report.stored
+
+
+def test_extra_losses_reach_the_gradients() -> None:
+    class Pulled(SequentialLoRA):
+        def extra_losses(self) -> dict[str, Tensor]:
+            return {"norm": 3.0 * self.layers["first"].lora_A.sum()}
+
+    method = Pulled(Net(), TARGETS, r=4)
+    method.begin_task()
+    train(method, torch.optim.SGD(method.param_groups(0.0)), 1, range(1))
+    # B = 0 as yet: the task itself gives A no gradient.
+    assert (method.layers["first"].lora_A.grad == 3).all()
+
+
+def test_attaching_swaps_the_targets_and_freezes_the_rest() -> None:
+    model = Net()
+    method = SequentialLoRA(model, TARGETS, r=4)
+    assert list(method.layers) == TARGETS and type(model.out) is nn.Linear
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{t}.lora_{x}" for t in TARGETS for x in "AB"}
+    with pytest.raises(ValueError, match="targets"):
+        SequentialLoRA(Net(), ["third"])
+    with pytest.raises(ValueError, match="train: got 'often'"):
+        SequentialLoRA(Net(), TARGETS, train="often")
+    with pytest.raises(NotImplementedError, match="ContinualMethod does not say"):
+        ContinualMethod(Net(), TARGETS)
+
+    class Plain(ContinualMethod):
+        def make_layer(self, linear: nn.Module) -> nn.Module:
+            return nn.Identity()
+
+    with pytest.raises(TypeError, match="make_layer: got Identity for first"):
+        Plain(Net(), TARGETS)
+
+
+def test_a_layer_that_stands_in_two_places_is_one_layer() -> None:
+    model = nn.Sequential(linear := nn.Linear(4, 4), nn.Tanh(), linear)
+    method = SequentialLoRA(model, ["0", "2"], r=2)
+    assert len(method.layers) == 1 and len(method.trainable()) == 2
+    nn.init.normal_(method.layers["0"].lora_B)
+    x = torch.randn(3, 4)
+    plain = method.inference_model()
+    assert plain[0] is plain[2] and type(plain[0]) is nn.Linear
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_tasks_begin_and_end_in_turn() -> None:
+    method = METHODS["lora"](Net())
+    with pytest.raises(RuntimeError, match="end_task: no task"):
+        method.end_task()
+    with pytest.raises(RuntimeError, match="training_step: no task"):
+        method.training_step(None, lambda: torch.zeros(()), torch.optim.SGD(method.param_groups(0.1)))
+    method.begin_task()
+    with pytest.raises(RuntimeError, match="task 1 is still being learned"):
+        method.begin_task()
+    method.end_task()
+    assert (method.task, method.in_task) == (1, False)
+
+
+def test_what_learns_in_which_task() -> None:
+    for name, later in (
+        ("lora", 4),
+        ("lora of the first task", 0),
+        ("c-lora", 6),
+        ("c-lora, first factors", 2),
+    ):
+        method = METHODS[name](Net())
+        counts = []
+        for _ in range(3):
+            method.begin_task()
+            assert {id(p) for p in method.trainable()} == {id(p) for p in method.model.parameters() if p.requires_grad}
+            counts.append(len(method.trainable()))
+            method.end_task()
+        assert counts == [6 if "c-" in name else 4, later, later], name
+    assert SequentialLoRA(Net(), TARGETS, train="never").trainable() == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_memory_does_not_grow_with_tasks(name: str) -> None:
+    reports = learn(METHODS[name](Net()), 1) if "lora of" in name else learn(METHODS[name](Net()), 4)
+    adapters = 4 * (6 + 9) + 4 * (9 + 5) + (4 * 16 if "c-" in name else 0)
+    assert {r.stored for r in reports} == {adapters}
+
+
+@pytest.mark.parametrize("name", ["lora", "c-lora"])
+def test_inference_is_one_merged_weight_and_leaves_no_trace(name: str) -> None:
+    method = METHODS[name](Net())
+    learn(method, 2)
+    model, (x, _) = method.model.train(), batch(9, 9)
+    model.first.eval()
+    live, before = model(x), copy.deepcopy(model.state_dict())
+    with method.inference() as inside:
+        assert inside is model and not any(m.training for m in model.modules())
+        assert all(layer.merged for layer in method.layers.values())
+        torch.testing.assert_close(model(x), live)
+    assert model.training and not model.first.training and model.second.training
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert torch.equal(model(x), live)
+    plain = method.inference_model()
+    assert {type(m) for m in plain.modules()} == {Net, nn.Linear} and not plain.training
+    torch.testing.assert_close(plain(x), live)
+    assert torch.equal(model(x), live) and not any(layer.merged for layer in method.layers.values())
+
+
+def test_inference_ends_when_it_fails() -> None:
+    method = METHODS["lora"](Net())
+    with pytest.raises(KeyError), method.inference():
+        raise KeyError
+    assert method.model.training and not any(layer.merged for layer in method.layers.values())
+
+
+OLD_NAMES = [
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+]
+OLD_NAMES += ["intermediate.dense", "output.dense"]
+NEW_NAMES = [*(f"attention.{x}_proj" for x in "qkvo"), "mlp.fc1", "mlp.fc2"]
+
+
+@pytest.mark.parametrize("names", [OLD_NAMES, NEW_NAMES], ids=["before version 5", "since version 5"])
+def test_vit_targets_fit_both_sets_of_names(names: list[str]) -> None:
+    def tree(names: list[str]) -> nn.Module:
+        root = nn.Module()
+        for name in names:
+            module = root
+            *path, leaf = name.split(".")
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.add_module(leaf, nn.Linear(2, 2))
+        return root
+
+    parts = ["q", "k", "v", "out", "fc1", "fc2"]
+    model = tree([f"encoder.layer.{i}.{name}" for i in range(2) for name in names] + ["pooler.dense"])
+    for part, name in zip(parts, names, strict=True):
+        method = SequentialLoRA(copy.deepcopy(model), vit_targets([part]), r=1)
+        assert list(method.layers) == [f"encoder.layer.{i}.{name}" for i in range(2)]
+    assert len(SequentialLoRA(model, vit_targets(), r=1).layers) == 8
+    for bad in (["w"], []):
+        with pytest.raises(ValueError, match=r"parts: got \["):
+            vit_targets(bad)
