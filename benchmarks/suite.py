@@ -2,7 +2,7 @@
 
 Steps run most important first, each in its own process with a limit of its own within what is left of the whole. The
 state of each is saved as it ends, its output as it is written. Called again on the same sources, the suite leaves out
-what is done and goes on with what is not: tests with those that failed, benchmarks at the point where they stopped.
+what is done and goes on with what is not: tests with those that failed first, benchmarks at the point where they stopped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     """The suite of a device; on a CPU in short form: the same commands on little."""
     python, short = sys.executable, device.type == "cpu"
     run = [python, str(ROOT / "benchmarks" / "run.py"), "--device", device.type]
-    tests = [python, "-m", "pytest", "-q", "--maxfail=20", *(["--last-failed"] if resumed else [])]
+    tests = [python, "-m", "pytest", "-q", "--maxfail=20", *(["--failed-first"] if resumed else [])]
     tests += ["tests/test_routed_lora_fused.py", "tests/test_dropout_mask.py"] if short else ["tests"]
     limit = 90 if short else 240
     quick = [*run, "--quick", "--resume", str(folder / "quick.json"), "--limit", "80"]
@@ -92,7 +92,7 @@ def _sources() -> str:
 
 
 def run_suite(device: torch.device) -> int:
-    """Run what is not done yet; 0 if nothing failed."""
+    """Run what is not done yet; 0 if nothing failed or ran out of time."""
     fingerprint, begun = _sources(), time.monotonic()
     folder = ROOT / "benchmarks" / "results" / f"suite-{device.type}-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def run_suite(device: torch.device) -> int:
         done[step.name] = asdict(outcome)
         state_file.write_text(json.dumps(state, indent=1) + "\n")
         print(f"{step.name}: {outcome.state} in {outcome.seconds:.0f} s. {outcome.detail}", flush=True)
-    return int(any(outcome["state"] == "failed" for outcome in done.values()))
+    return int(any(outcome["state"] in ("failed", "out of time") for outcome in done.values()))
 
 
 def _run(step: Step, left: float, folder: Path) -> Outcome:
