@@ -2,7 +2,8 @@
 
 Steps run most important first, each in its own process with a limit of its own within what is left of the whole. The
 state of each is saved as it ends, its output as it is written. Called again on the same sources, the suite leaves out
-what is done and goes on with what is not: tests with those that failed first, benchmarks at the point where they stopped.
+what is done and goes on with what is not: tests with those that failed first, benchmarks at the point where they
+stopped.
 """
 
 from __future__ import annotations
