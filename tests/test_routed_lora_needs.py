@@ -56,15 +56,15 @@ def test_without_any_gradient_there_is_no_graph(device):
 
 PRIMITIVES = {
     ("bias",): [],
-    ("routing",): ["reduce"],
-    ("lora_B",): ["reduce"],
-    ("scaling",): ["reduce"],
-    ("gate",): ["shrink"],
-    ("lora_A",): ["shrink", "reduce"],
+    ("routing",): ["reduce", "unpack"],
+    ("lora_B",): ["reduce", "unpack"],
+    ("scaling",): ["reduce", "unpack"],
+    ("gate",): ["pack", "shrink"],
+    ("lora_A",): ["pack", "shrink", "reduce"],
     ("weight",): [],
-    ("x",): ["shrink", "linear"],
-    ("lora_A", "lora_B"): ["shrink", "reduce", "reduce"],
-    ("x", "lora_A", "lora_B"): ["shrink", "reduce", "linear", "reduce"],
+    ("x",): ["pack", "shrink", "linear"],
+    ("lora_A", "lora_B"): ["pack", "shrink", "reduce", "unpack", "reduce"],
+    ("x", "lora_A", "lora_B"): ["pack", "shrink", "reduce", "unpack", "linear", "reduce"],
 }
 
 

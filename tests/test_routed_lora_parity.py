@@ -36,8 +36,10 @@ def test_samples(device, mask_path, name, dtypes):
     with unchanged(dy, *tensors_of(inputs)), poisoned_empty(), saved_tensors(), dispatched() as calls:
         result = assert_parity(partial(call, backend="aten"), inputs, dy=dy)
     assert set(result) >= {"y", "x", "lora_A", "lora_B"}
-    assert calls[:2] == ["routed_lora.aten.shrink", "routed_lora.aten.linear"]
-    assert set(calls[2:]) == {f"routed_lora.aten.{primitive}" for primitive in ("shrink", "linear", "reduce")}
+    assert calls[:3] == [f"routed_lora.aten.{primitive}" for primitive in ("pack", "shrink", "linear")]
+    backward = {f"routed_lora.aten.{primitive}" for primitive in ("pack", "shrink", "linear", "reduce")}
+    assert set(calls[3:]) - {"routed_lora.aten.unpack"} == backward
+    assert ("routed_lora.aten.unpack" in calls) == (inputs.get("routing_index") is None)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32", "fp64"])

@@ -150,7 +150,7 @@ def test_dispatched_names_every_primitive_in_order(device):
     inputs = make_inputs(device=device)
     with dispatched() as calls:
         routed_lora_linear(**inputs, backend="aten")
-    assert calls == ["routed_lora.aten.shrink", "routed_lora.aten.linear"]
+    assert calls == ["routed_lora.aten.pack", "routed_lora.aten.shrink", "routed_lora.aten.linear"]
     with dispatched() as calls:
         routed_lora_linear(**inputs, backend="reference")
     assert calls == []

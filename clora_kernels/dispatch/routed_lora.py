@@ -13,13 +13,14 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.routed_lora import aten
-from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward
+from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend
@@ -33,6 +34,11 @@ _PRIMITIVES: dict[str, Primitives] = {"aten": aten}
 
 def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is proved on every device."""
+    rule = _rule if torch.compiler.is_compiling() else _cached_rule
+    return rule(dtype, device.type, has_base_output, backend)
+
+
+def _rule(dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
     check_backend("routed_lora", backend, MISSING)
     if backend == "reference":
         return Choice("reference", "plain PyTorch", "named by the caller; differentiable twice, slower, more memory")
@@ -42,8 +48,11 @@ def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, back
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device.type}"
+    why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device_type}"
     return Choice("aten", strategy, why)
+
+
+_cached_rule = cache(_rule)  # Dynamo traces no cache
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
@@ -94,21 +103,40 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _ready(
-    x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str
-) -> tuple[Primitives, list[Projection]]:
+def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
+    """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
+    with without_autocast(x.device.type):
+        ys, kept = forward(_PRIMITIVES[backend], x, [_in_bounds(j) for j in projections])
+    return ys + kept
+
+
+def run_backward(
+    dys: list[Tensor],
+    x: Tensor | None,
+    kept: list[Tensor],
+    dtype: torch.dtype,
+    need_x: bool,
+    needs: Sequence[Needs],
+    projections: list[Projection],
+    backend: str,
+) -> list[Tensor | None]:
+    """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
+    with without_autocast(dys[0].device.type):
+        bounded = [_in_bounds(j) for j in projections]
+        dx, of_projections = backward(_PRIMITIVES[backend], dys, x, bounded, kept, need_x, needs, dtype)
+    return [dx] + [g for of_one in of_projections for g in of_one]
+
+
+def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str) -> tuple[str, list[Projection]]:
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)
-    choice = choose(x.dtype, x.device, projections[0].base_output is not None, backend)
-    return _PRIMITIVES[choice.backend], [_in_bounds(j) for j in projections]
+    return choose(x.dtype, x.device, projections[0].base_output is not None, backend).backend, projections
 
 
 def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
-    kernels, projections = _ready(x, tensors, given, backend)
-    with without_autocast(x.device.type):
-        ys, ps = forward(kernels, x, projections)
-    return ys + ps
+    chosen, projections = _ready(x, tensors, given, backend)
+    return run_forward(x, projections, chosen)
 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
@@ -119,13 +147,14 @@ def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: 
         x.new_empty(*lead, j.lora_B.shape[0], dtype=x.dtype if j.base_output is None else j.base_output.dtype)
         for j in projections
     ]
-    return ys + [x.new_empty(M, j.lora_A.shape[0], dtype=accumulation_dtype(x.dtype)) for j in projections]
+    acc = accumulation_dtype(x.dtype)
+    return ys + [x.new_empty(M, j.lora_A.shape[0], dtype=acc if keeps_p(j) else x.dtype) for j in projections]
 
 
 def _backward(
     dys: list[Tensor],
     x: Tensor | None,
-    ps: list[Tensor],
+    kept: list[Tensor],
     dtype: torch.dtype,
     need_x: bool,
     needs: list[bool],
@@ -133,17 +162,15 @@ def _backward(
     given: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    kernels, projections = _ready(dys[0], tensors, given, backend)
-    with without_autocast(dys[0].device.type):
-        dx, of_projections = backward(kernels, dys, x, projections, ps, need_x, _unpack_needs(needs), dtype)
-    grads = [dx] + [g for of_one in of_projections for g in of_one]
+    chosen, projections = _ready(dys[0], tensors, given, backend)
+    grads = run_backward(dys, x, kept, dtype, need_x, _unpack_needs(needs), projections, chosen)
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]
 
 
 def _backward_fake(
     dys: list[Tensor],
     x: Tensor | None,
-    ps: list[Tensor],
+    kept: list[Tensor],
     dtype: torch.dtype,
     need_x: bool,
     needs: list[bool],
@@ -163,7 +190,7 @@ routed_lora = define_operator(
     "routed_lora(Tensor x, Tensor[] tensors, bool[] given, str backend) -> Tensor[]", _forward, _forward_fake
 )
 routed_lora_backward = define_operator(
-    "routed_lora_backward(Tensor[] dys, Tensor? x, Tensor[] ps, ScalarType dtype, bool need_x, bool[] needs, "
+    "routed_lora_backward(Tensor[] dys, Tensor? x, Tensor[] kept, ScalarType dtype, bool need_x, bool[] needs, "
     "Tensor[] tensors, bool[] given, str backend) -> Tensor[]",
     _backward,
     _backward_fake,

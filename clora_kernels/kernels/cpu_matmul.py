@@ -8,14 +8,19 @@ is 1.6 times MKL's at an inner dimension of 1024 and 2.2 times at 2048 and beyon
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# A call of oneDNN costs 12 µs before it does anything, of MKL 2 µs: the two are level at about 2 MFLOP.
-_LEAST_FLOPS = 1 << 21
+# A call of oneDNN costs 12 µs before it does anything, of MKL 2 µs: the two are level at about 2 MFLOP where AVX-512
+# has units of its own (Zen 5), at 10 where it takes those of AVX2 twice (Zen 4: 96 and 103 µs for 544×128×64).
+_LEAST_FLOPS_FULL_WIDTH, _LEAST_FLOPS = 1 << 21, 1 << 24
+# MKL multiplies a narrow result faster the other way round: 544×64×8 in 14 µs, and 4
+# to lay it out, instead of 26.
+_NARROW, _LONGEST_NARROW_SUM = 16, 256
 # With fewer rows oneDNN takes as long to reorder the other operand as MKL for everything.
 _LEAST_ROWS = 8
 _LONGEST_SUM = 1024
@@ -27,20 +32,34 @@ _BLOCK_BYTES = 2 << 20  # of the result of a piece: in smaller blocks it is slow
 
 
 @cache
+def _processor() -> tuple[str, int]:
+    """Vendor and family as Linux tells them."""
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", 0
+    found = dict(re.findall(r"^(vendor_id|cpu family)\s*: (\S+)$", said, re.MULTILINE))
+    return found.get("vendor_id", ""), int(found.get("cpu family", 0))
+
+
+@cache
 def _onednn_linear() -> torch._ops.OpOverload | None:
     """oneDNN's linear layer on strided tensors where it is built in and MKL would not run its best kernels."""
-    try:
-        if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
-            return None
-        return torch.ops.mkldnn._linear_pointwise.default
-    except (OSError, AttributeError):
+    if _processor()[0] == "GenuineIntel":
         return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) and torch.ops.mkldnn._linear_pointwise.default
+
+
+@cache
+def _least_flops() -> int:
+    vendor, family = _processor()
+    return _LEAST_FLOPS_FULL_WIDTH if vendor == "AuthenticAMD" and family >= 26 else _LEAST_FLOPS
 
 
 def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     (m, k), n = a.shape, b.shape[1]
     return bool(
-        2 * m * k * n >= _LEAST_FLOPS
+        2 * m * k * n >= _least_flops()
         and m >= _LEAST_ROWS
         and (k <= _LONGEST_SUM or n >= _LEAST_COLUMNS_OF_PIECES)
         and (k <= _LONGEST_SUM or m >= 2 * _COPIED_PIECE or b.is_contiguous())
@@ -59,6 +78,8 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if _goes_to_onednn(a, b):
         # a bias with gaps would be read as if it had none
         return _by_onednn(a, b, None if bias is None else bias.contiguous())
+    if bias is None and b.shape[1] <= _NARROW and a.shape[1] <= _LONGEST_NARROW_SUM and a.dtype == torch.float32:
+        return (b.mT @ a.mT).mT.contiguous()
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 

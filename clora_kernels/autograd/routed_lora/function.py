@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch.routed_lora import routed_lora, routed_lora_backward
+from ...dispatch.routed_lora import (
+    routed_lora,
+    routed_lora_backward,
+    run_backward,
+    run_forward,
+    unpack_projections,
+)
 from ...kernels.routed_lora.algebra import Needs, Projection
 from ...library import LIBRARY, below_autograd
 
@@ -33,9 +39,10 @@ def _unsupported(what: str) -> str:
 
 
 class RoutedLoRAFunction(_FirstOrderReverse):
-    """(x, given, backend, *tensors) → (y of each projection, p of each projection); see ``dispatch.routed_lora``.
+    """(x, given, backend, *tensors) → (y of each projection, what each keeps); see ``dispatch.routed_lora``.
 
-    Saved: the tensors; x if a lora_A or a weight learns; p [M, r] if a gradient reads it. Nothing of size M×N, no mask.
+    Saved: the tensors; x if a lora_A or a weight learns; q or p [M, r] if a gradient reads it. Nothing of size M×N, no
+    mask.
     """
 
     @staticmethod
@@ -52,6 +59,39 @@ class RoutedLoRAFunction(_FirstOrderReverse):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, dtensors = _gradients(ctx, grads)
         return dx, None, None, *dtensors
+
+
+class RoutedLoRAEagerFunction(torch.autograd.Function):
+    """The same for plain tensors that nobody traces: it calls what the operators call. The way through the dispatcher and
+    a Function that transforms can read cost 200 µs a step, more than a small layer takes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, projections: list[Projection], given: tuple[bool, ...], backend: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        output = run_forward(x, projections, backend)
+        needed = ctx.needs_input_grad
+        _save(ctx, x, tensors, given, backend, output, needed[:1] + needed[4:], direct=True)
+        return tuple(output[: len(projections)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dx, dtensors = _gradients(ctx, grads)
+        return dx, None, None, None, *dtensors
+
+
+def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether no transform, mode, tracer or tensor subclass wants to see the operators of this call."""
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._get_tracing_state()
+        and type(x) in _PLAIN
+        and all(type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class RoutedLoRABackwardFunction(_FirstOrderReverse):
@@ -76,11 +116,11 @@ for _function in (RoutedLoRAFunction, RoutedLoRABackwardFunction):
 
 
 def _operator_arguments(lengths: tuple[int, int], rest: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The backward operator's arguments from dys, x (where it was saved), ps and the given tensors in one sequence."""
+    """The backward operator's arguments from one sequence: dys, x where it was saved, what forward kept, the tensors."""
     n, has_x = lengths
-    dys, x, ps = tensors[:n], tensors[n] if has_x else None, tensors[n + has_x : 2 * n + has_x]
+    dys, x, kept = tensors[:n], tensors[n] if has_x else None, tensors[n + has_x : 2 * n + has_x]
     dtype, need_x, needs, given, backend = rest
-    return dys, x, ps, dtype, need_x, needs, tensors[2 * n + has_x :], given, backend
+    return dys, x, kept, dtype, need_x, needs, tensors[2 * n + has_x :], given, backend
 
 
 @dataclass(frozen=True)
@@ -94,13 +134,10 @@ class _Plan:
     projections: int
     need_x: bool
     needs: tuple[Needs, ...]
+    flat_needs: tuple[bool, ...]
     has_x: bool
     sources: tuple[int | None, ...]
     base_outputs: tuple[int, ...]
-
-    @property
-    def flat_needs(self) -> tuple[bool, ...]:
-        return tuple(need for of_one in self.needs for need in of_one)
 
 
 @lru_cache(maxsize=1024)
@@ -120,9 +157,9 @@ def _plan(given: tuple[bool, ...], needed: tuple[bool, ...]) -> _Plan:
             elif there:
                 place = Needs._fields.index(name) if name in Needs._fields and w[name] else None
                 sources.append(None if place is None else 1 + j * len(Needs._fields) + place)
-    return _Plan(
-        len(rows), needed[0], needs, any(n.weight or n.lora_A for n in needs), tuple(sources), tuple(base_outputs)
-    )
+    flat_needs = tuple(need for of_one in needs for need in of_one)
+    has_x = any(n.weight or n.lora_A for n in needs)
+    return _Plan(len(rows), needed[0], needs, flat_needs, has_x, tuple(sources), tuple(base_outputs))
 
 
 def _save(
@@ -133,18 +170,21 @@ def _save(
     backend: str,
     output: Sequence[Tensor],
     needed: tuple[bool, ...],
+    direct: bool = False,
 ) -> None:
-    """Save the least that backward reads."""
-    plan = _plan(tuple(given), needed)
+    """Save the least that backward reads; ``direct``: backward, too, calls what the operator calls."""
+    given = tuple(given)
+    plan = _plan(given, needed)
     n = plan.projections
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[n:])
-    ctx.plan, ctx.given, ctx.backend, ctx.dtype = plan, tuple(given), backend, x.dtype
-    ctx.output_shapes = [(y.shape, y.dtype) for y in output[:n]] if n > 1 else ()
-    ps = [p if need.of_p else p.new_empty(0) for p, need in zip(output[n:], plan.needs, strict=True)]
+    if not direct:  # then what is kept is no output
+        ctx.mark_non_differentiable(*output[n:])
+    ctx.plan, ctx.given, ctx.backend, ctx.dtype, ctx.direct = plan, given, backend, x.dtype, direct
+    ctx.output_shapes = [(y.shape, y.dtype) for y in output[:n]] if n > 1 else ()  # of one y its gradient tells
+    of_forward = [t if need.of_forward else t.new_empty(0) for t, need in zip(output[n:], plan.needs, strict=True)]
     # of a base output backward reads nothing: an empty tensor keeps its place
     kept = [t.new_empty(0) if i in plan.base_outputs else t for i, t in enumerate(tensors)]
-    ctx.save_for_backward(*([x] if plan.has_x else ()), *ps, *kept)
+    ctx.save_for_backward(*([x] if plan.has_x else ()), *of_forward, *kept)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -156,8 +196,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None,
     lengths = (plan.projections, int(plan.has_x))
     rest = (ctx.dtype, plan.need_x, plan.flat_needs, ctx.given, ctx.backend)
     tensors = (*dys, *ctx.saved_tensors)
+    out: Sequence[Tensor | None]
     if torch.is_grad_enabled():
         out = RoutedLoRABackwardFunction.apply(lengths, rest, *tensors)
+    elif ctx.direct and not torch.compiler.is_compiling():
+        dys, x, kept, *_, given_tensors, given, backend = _operator_arguments(lengths, rest, tensors)
+        projections = unpack_projections(given_tensors, given)
+        out = run_backward(dys, x, kept, ctx.dtype, plan.need_x, plan.needs, projections, backend)
     else:
         out = below_autograd(routed_lora_backward, *_operator_arguments(lengths, rest, tensors))
     dtensors = [None if i is None else out[i] if i >= 0 else dys[-1 - i] for i in plan.sources]

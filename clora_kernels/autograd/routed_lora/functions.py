@@ -14,7 +14,7 @@ from ...kernels.routed_lora.algebra import Projection
 from ...library import autocast_is_on
 from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
-from .function import RoutedLoRAFunction
+from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
 
 class RoutedLoRA(NamedTuple):
@@ -119,7 +119,7 @@ def routed_lora_linear_group(
         if not isinstance(adapter, RoutedLoRA):
             raise TypeError(f"adapters[{i}]: got {type(adapter).__name__}, expected a RoutedLoRA")
         check_tensor(f"adapters[{i}].weight", adapter.weight)
-    return _run(x, adapters, None, training, backend, prefix="adapters[{}].")
+    return list(_run(x, adapters, None, training, backend, prefix="adapters[{}]."))
 
 
 def routed_lora_delta(
@@ -162,7 +162,7 @@ def routed_lora_delta(
 
 def _run(
     x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     if not isinstance(training, bool):
         raise TypeError(f"training: got {type(training).__name__}, expected True or False")
     x, projections = prepare(x, adapters, base_output, prefix)
@@ -174,8 +174,10 @@ def _run(
     if torch.compiler.is_compiling():
         # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
         # with one gate), nor one with *tensors where nothing learns.
-        return routed_lora(x, tensors, given, backend)[: len(projections)]
-    return list(RoutedLoRAFunction.apply(x, tuple(given), backend, *tensors)[: len(projections)])
+        return routed_lora(x, tensors, given, chosen)[: len(projections)]
+    if is_plain(x, tensors):
+        return RoutedLoRAEagerFunction.apply(x, projections, tuple(given), chosen, *tensors)
+    return RoutedLoRAFunction.apply(x, tuple(given), chosen, *tensors)[: len(projections)]
 
 
 def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...reference.routed_lora import accumulation_dtype
 from ..cpu_matmul import goes_faster_in_blocks, matmul
 from ..dropout_mask import dropout_mask
-from .algebra import Dropout
+from .algebra import Dropout, Needs, Packed, Projection, Term, apply_gate, cast, total_routing
 
 # On a CPU a block should stay in the caches and yet be worth a call: shrink and reduce of 1576×768, rank 16, bf16, take
 # 0.57 and 0.74 ms with 1 MiB, 0.38 and 0.39 with 2, 0.34 and 0.36 with 4. On a GPU a block is large enough to fill it.
@@ -58,7 +58,7 @@ def _matmul_unrounded(a: Tensor, b: Tensor) -> Tensor:
     acc = accumulation_dtype(a.dtype)
     if a.dtype != acc and a.is_cuda:
         return torch.mm(a, b, out_dtype=acc)
-    return matmul(a.to(acc), b.to(acc))
+    return matmul(cast(a, acc), cast(b, acc))
 
 
 def _in_one_piece(big: Tensor, dropout: list[Dropout | None]) -> bool:
@@ -72,7 +72,55 @@ def _split(t: Tensor, ranks: list[int], dim: int) -> list[Tensor]:
     )
 
 
-def shrink(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> list[Tensor]:
+def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> Packed:
+    """A, C = s·(R_frozen + R)·B and C_live = s·R·B in ``dtype``, unrounded products; C = s·B with a bank."""
+    acc = accumulation_dtype(dtype)
+    total = total_routing(j, acc) if C and not j.bank else None
+    return Packed(
+        cast(j.lora_A, dtype) if A else None,
+        _fold(j, total, dtype, acc) if C else None,
+        _fold(j, cast(j.routing, acc), dtype, acc) if C_live else None,
+    )
+
+
+def _fold(j: Projection, R: Tensor | None, dtype: torch.dtype, acc: torch.dtype) -> Tensor:
+    B = cast(j.lora_B, acc).mT
+    return cast((B if R is None else R @ B) * j.scaling, dtype)
+
+
+def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dB = s·Rᵀ·U, dR = s·U·Bᵀ and ds = ⟨U, (R_frozen + R)·B⟩ for U [r, N] in the accumulation dtype."""
+    acc = U.dtype
+    dB = dR = dscaling = None
+    if need.lora_B:
+        live = None if j.routing is None else cast(j.routing, acc)
+        dB = cast((U.mT if live is None else U.mT @ live) * j.scaling, j.lora_B.dtype)
+    if need.routing:
+        dR = cast((U @ cast(j.lora_B, acc)) * j.scaling, j.routing.dtype)
+    if need.scaling:
+        total, B = total_routing(j, acc), cast(j.lora_B, acc)
+        dscaling = (U.mT * (B if total is None else B @ total.mT)).sum().to(j.scaling)
+    return dB, dR, dscaling
+
+
+def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """For each term, where wanted: (mask ⊙ big)·smallᵀ [M, r], unrounded, and that gated in big.dtype."""
+    if len(terms) == 1 and _is_rounded_once(big, terms[0]):
+        return [(None, matmul(big, terms[0].small.mT))]
+    masks = [t.dropout if t.masked else None for t in terms]
+    sums = _sums(big, [t.small for t in terms], masks)
+    return [
+        (p if t.want_sum else None, cast(apply_gate(p, t.dropout, t.gate), big.dtype) if t.want_gated else None)
+        for t, p in zip(terms, sums, strict=True)
+    ]
+
+
+def _is_rounded_once(big: Tensor, term: Term) -> bool:
+    """Whether one matmul gives what is wanted: the sum itself is not, and nothing acts on it before it is rounded."""
+    return not term.want_sum and term.gate is None and term.dropout is None
+
+
+def _sums(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> list[Tensor]:
     """mask_j ⊙ big [M, K] times small_jᵀ ([r_j, K]) → [M, r_j] in the accumulation dtype; big is read once."""
     ranks = [t.shape[0] for t in small]
     if _in_one_piece(big, dropout):
@@ -95,15 +143,19 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
     if _in_one_piece(big, dropout):
         return _split(_matmul_unrounded((torch.cat(small, 1) if len(small) > 1 else small[0]).mT, big), ranks, 0)
     acc = accumulation_dtype(big.dtype)
-    out = [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]
+    out: list[Tensor] = []
     for block in _row_blocks(big):
         shared = None if all(dropout) else _factor(big, block)
-        for t, d, o in zip(small, dropout, out, strict=True):
+        for i, (t, d) in enumerate(zip(small, dropout, strict=True)):
             rows = shared if d is None else _factor(big, block, d)
-            o += _matmul_unrounded(t[block].to(rows.dtype).mT, rows)
+            part = _matmul_unrounded(t[block].to(rows.dtype).mT, rows)
+            if block.start:
+                out[i] += part
+            else:
+                out.append(part)
             del rows
         del shared
-    return out
+    return out or [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]
 
 
 def linear(
@@ -129,7 +181,7 @@ def _low_rank_last(
     products: list[tuple[Tensor, Tensor]], low_rank: list[tuple[Tensor, Tensor, Dropout | None]], bias: Tensor | None
 ) -> Tensor:
     (a, b), *others = products
-    y = matmul(a, b, None if bias is None else bias.to(a.dtype))
+    y = matmul(a, b, None if bias is None else cast(bias, a.dtype))
     for a, b, d in [(a, b, None) for a, b in others] + low_rank:
         if d is None and not goes_faster_in_blocks(a, b):
             y.addmm_(a, b)
