@@ -112,10 +112,16 @@ def _devices() -> list[str]:
 
 
 def _routed_lora() -> list[Availability]:
-    missing = routed_lora_dispatch.MISSING
-    always = {"reference": "plain PyTorch, any device", "aten": "ATen matmuls, any device"}
+    missing = dict(routed_lora_dispatch.MISSING)
+    if not extension.has_op("routed_lora_lay_down", "cpu"):
+        missing["native"] = "the compiled part cpu is not there: see above"
+    there = {
+        "reference": "plain PyTorch, any device",
+        "aten": "ATen matmuls, any device",
+        "native": "compiled operators, plain layers on a CPU",
+    }
     return [
-        Availability(name, name not in missing, missing.get(name, always.get(name, "")))
+        Availability(name, name not in missing, missing.get(name, there.get(name, "")))
         for name in ("reference", "aten", "triton", "native")
     ]
 

@@ -19,40 +19,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.routed_lora import aten
+from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
-from .choice import Choice, check_backend
+from .choice import Choice, check_backend, unavailable
 
-MISSING = {
-    "triton": "this version has no Triton kernels for it; use 'auto' or 'aten'",
-    "native": "it has no C++ kernel; use 'auto' or 'aten'",
-}
+MISSING = {"triton": "this version has no Triton kernels for it; use 'auto' or 'aten'"}
 _PRIMITIVES: dict[str, Primitives] = {"aten": aten}
 
 
-def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is proved on every device."""
-    rule = _rule if torch.compiler.is_compiling() else _cached_rule
-    return rule(dtype, device.type, has_base_output, backend)
-
-
-def _rule(dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
+def check_named_backend(backend: str) -> None:
+    """ValueError unless routed LoRA has a backend of that name."""
     check_backend("routed_lora", backend, MISSING)
-    if backend == "reference":
-        return Choice("reference", "plain PyTorch", "named by the caller; differentiable twice, slower, more memory")
+
+
+def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
+    """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
+    else ``aten``, the only backend that is proved on every device."""
+    dtype, device_type = x.dtype, x.device.type
+    check_named_backend(backend)
+    if backend in ("auto", "native"):
+        why_not = layer.why_not(dtype, device_type, projections)
+        if backend == "native" and why_not:
+            raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
+        if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
+            return _choice("native", dtype, device_type, False, backend)
+    chosen = "reference" if backend == "reference" else "aten"
+    return _choice(chosen, dtype, device_type, projections[0].base_output is not None, backend)
+
+
+@cache
+def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
+    named = "named by the caller"
+    if chosen == "reference":
+        return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
+    if chosen == "native":
+        strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
+        return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device_type}"
-    return Choice("aten", strategy, why)
-
-
-_cached_rule = cache(_rule)  # Dynamo traces no cache
+    return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
@@ -106,7 +117,10 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
     """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
     with without_autocast(x.device.type):
-        ys, kept = forward(_PRIMITIVES[backend], x, [_in_bounds(j) for j in projections])
+        if backend == "native":
+            ys, kept = layer.forward(x, projections[0])
+        else:
+            ys, kept = forward(_PRIMITIVES[backend], x, [_in_bounds(j) for j in projections])
     return ys + kept
 
 
@@ -122,21 +136,19 @@ def run_backward(
 ) -> list[Tensor | None]:
     """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
     with without_autocast(dys[0].device.type):
-        bounded = [_in_bounds(j) for j in projections]
-        dx, of_projections = backward(_PRIMITIVES[backend], dys, x, bounded, kept, need_x, needs, dtype)
+        if backend == "native":
+            dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
+        else:
+            bounded = [_in_bounds(j) for j in projections]
+            dx, of_projections = backward(_PRIMITIVES[backend], dys, x, bounded, kept, need_x, needs, dtype)
     return [dx] + [g for of_one in of_projections for g in of_one]
 
 
-def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str) -> tuple[str, list[Projection]]:
+def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)
-    return choose(x.dtype, x.device, projections[0].base_output is not None, backend).backend, projections
-
-
-def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
-    chosen, projections = _ready(x, tensors, given, backend)
-    return run_forward(x, projections, chosen)
+    return run_forward(x, projections, choose(x, projections, backend).backend)
 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
@@ -162,7 +174,9 @@ def _backward(
     given: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    chosen, projections = _ready(dys[0], tensors, given, backend)
+    projections = unpack_projections(tensors, given)
+    like = dys[0].new_empty(0, dtype=dtype).expand(*dys[0].shape[:-1], 0)  # what forward chose by
+    chosen = choose(like, projections, backend).backend
     grads = run_backward(dys, x, kept, dtype, need_x, _unpack_needs(needs), projections, chosen)
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]
 
