@@ -1,6 +1,8 @@
 // How the CPU kernels are vectorised: one binary for every x86-64, short vectors the compiler lowers to what there is.
 #pragma once
 
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -47,13 +49,16 @@ struct BFloat16 {
   }
 };
 
-#ifdef __FLT16_MANT_DIG__
-#define CLORA_HAS_FLOAT16 1
 struct Float16 {
+#ifdef __FLT16_MANT_DIG__
   using Storage = _Float16;
   static CLORA_INLINE float from(_Float16 stored) { return static_cast<float>(stored); }
   static CLORA_INLINE _Float16 to(float value) { return static_cast<_Float16>(value); }
-};
+#else  // a compiler without the type
+  using Storage = uint16_t;
+  static CLORA_INLINE float from(uint16_t stored) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(stored); }
+  static CLORA_INLINE uint16_t to(float value) { return torch::headeronly::detail::fp16_ieee_from_fp32_value(value); }
 #endif
+};
 
 }  // namespace clora_kernels

@@ -48,9 +48,10 @@ def launches() -> Iterator[list[str]]:
 
 @contextmanager
 def dispatched() -> Iterator[list[str]]:
-    """Backend primitives called in the block, in order, as ``"routed_lora.aten.shrink"``: op, backend, primitive.
+    """What backends did in the block, in order, as ``"routed_lora.aten.shrink"``: op, module of the backend, function.
 
-    The primitives of an op are the methods of the protocol ``Primitives`` in its ``kernels.<op>.algebra``.
+    A backend brings the methods of the protocol ``Primitives`` in its op's ``kernels.<op>.algebra``, or in a module
+    ``layer`` the whole of it: ``forward`` and ``backward``.
     """
     calls: list[str] = []
     with ExitStack() as stack:
@@ -75,7 +76,7 @@ def _recording(primitive: Callable[..., Any], label: str, calls: list[str]) -> C
 
 
 def _backends(op: str) -> Iterator[tuple[ModuleType, list[str]]]:
-    """The modules of an op's folder that bring its primitives, and the names of those."""
+    """The modules of an op's folder that bring its primitives, or the whole of it, and the names of those."""
     package = importlib.import_module(op)
     protocol = importlib.import_module(f"{op}.algebra").Primitives
     names = [name for name, _ in inspect.getmembers(protocol, inspect.isfunction) if not name.startswith("_")]
@@ -86,3 +87,5 @@ def _backends(op: str) -> Iterator[tuple[ModuleType, list[str]]]:
             continue
         if all(inspect.isfunction(getattr(module, name, None)) for name in names):
             yield module, names
+        elif found.name == f"{op}.layer":
+            yield module, ["forward", "backward"]

@@ -196,7 +196,8 @@ def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor of ``value``: on the CPU in eager mode, where ATen reads it without a copy or a launch."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * value  # full() would compile a graph for each value
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    traced = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    if traced or not isinstance(value, (float, int)):  # a mode would keep what is its own, and a SymFloat has no hash
         return torch.full((), value, dtype=dtype, device="cpu")
     return _kept_scalar(value, dtype)
 
@@ -204,5 +205,6 @@ def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1024)
 def _kept_scalar(value: Any, dtype: torch.dtype) -> Tensor:
     # made once: in a layer of one row it would take longer than the product of rank r
-    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
+    # a tensor of inference mode could not be saved for backward later, one that a mode made be anything
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
         return torch.full((), value, dtype=dtype, device="cpu")

@@ -71,7 +71,7 @@ def expand(
 ) -> Tensor:
     """y [M, N] = mask ⊙ (small [M, r] · C [r, N]), or y plus that, rounded once; returns y, whose rows are contiguous.
 
-    first_row: of y in the mask.
+    first_row: of y in the mask. y shares no memory with the others.
     """
     torch.ops.clora_kernels.routed_lora_expand_.default(y, small, C, *_draw(dropout), first_row, accumulate)
     return y
@@ -106,3 +106,30 @@ if extension.has_op("routed_lora_shrink", "cpu"):
         accumulate: bool,
     ) -> None:
         """It writes into y alone."""
+
+    @torch.library.register_fake("clora_kernels::routed_lora_lay_down")
+    def _(
+        x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, seed: Tensor | None, threshold: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+    @torch.library.register_fake("clora_kernels::routed_lora_lay_down_backward")
+    def _(
+        dy: Tensor,
+        x: Tensor,
+        q: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: Tensor,
+        seed: Tensor | None,
+        threshold: Tensor | None,
+        need_x: bool,
+        need_A: bool,
+        need_B: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx = dy.new_empty(dy.shape[0] if need_x else 0, lora_A.shape[1])
+        return dx, lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
+
+    @torch.library.register_fake("clora_kernels::routed_lora_few_rows")
+    def _(dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        return dx.new_empty(dx.shape)

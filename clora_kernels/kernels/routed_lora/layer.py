@@ -1,4 +1,4 @@
-"""A plain LoRA layer on the CPU as one compiled call and one frozen matmul, forward and backward (``csrc/routed_lora.cpp``).
+"""A plain LoRA layer on the CPU as one compiled call (``csrc/routed_lora.cpp``) and one frozen matmul each way.
 
 Where there is little to compute, the steps between products are what a layer costs: PyTorch calls, each a few µs, more
 when the weight has just gone through the caches. Everything of rank r is done in one call, which lays down q·C (of dx:
@@ -19,8 +19,8 @@ from .algebra import Needs, Projection, cast, flatten
 # backward, µs: 544×64 rank 8 in fp32 400 and 430, in bf16 410 and 570; 64×2048 rank 16 in bf16 8000 and 8900.
 LITTLE_WORK = 8 << 20
 # So few rows that the frozen product is a walk through the weight: one thread of a Zen 4, 2048×2048, in µs here and by
-# ATen, forward in fp32 385 and 630 for one row, 1090 and 1450 for two; backward in bf16 360 and 770 for one, 590 and 860
-# for four, in fp32 1390 and 2400 for four, 2510 and 3160 for seven; ATen has no fast fp16 matmul at all.
+# ATen, forward in fp32 385 and 630 for one row, 1090 and 1450 for two; backward in bf16 360 and 770 for one, 590 and
+# 860 for four, in fp32 1390 and 2400 for four, 2510 and 3160 for seven; ATen has no fast fp16 matmul at all.
 _FEW_ROWS_FORWARD = {torch.float32: range(1, 3)}
 _FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 5), torch.float32: range(2, 8), torch.float16: range(1, 9)}
 
@@ -28,11 +28,12 @@ _FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 5), torch.float32: range(2, 8), t
 def why_not(dtype: torch.dtype, device_type: str, projections: Sequence[Projection]) -> str:
     """Why these projections cannot be computed so; empty if they can."""
     j = projections[0]
-    options = ("routing", "gate", "base_output")
     if len(projections) > 1:
         return "it computes one projection at a time, not a group"
-    if given := [name for name in options if getattr(j, name) is not None] + ["no weight"] * (j.weight is None):
-        return f"it has no {', '.join(given)}" if j.weight is not None else "it needs a weight"
+    if j.weight is None:
+        return "it needs a weight"
+    if given := [name for name in ("routing", "gate") if getattr(j, name) is not None]:
+        return f"it has no {' and no '.join(given)}"
     if not compiled.serves_type(dtype, device_type):
         return f"it is not built for {dtype} on {device_type}"
     if not (_is_plain_fp32(j.lora_A) and _is_plain_fp32(j.lora_B)):
