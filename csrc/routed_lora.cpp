@@ -223,21 +223,37 @@ CLORA_INLINE void widen_rows(const Matrix<T>& m, const Mask& mask, int64_t padde
   }
 }
 
-// small [r][K] → [tiles][K][kWidth]
-CLORA_CLONES void pack_tiles(const float* small, int64_t r, int64_t K, float* packed) {
-  for (int64_t first = 0; first < r; first += kWidth) {
-    const int64_t count = std::min(kWidth, r - first);
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t j = 0; j < count; ++j) packed[k * kWidth + j] = small[(first + j) * K + k];
-    }
-    packed += K * kWidth;
-  }
-}
-
 // Sixteen elements as fp32.
 template <typename T>
 CLORA_INLINE void read_chunk(const typename T::Storage* from, float* to) {
   for (int64_t i = 0; i < kWidth; ++i) to[i] = T::from(from[i]);
+}
+
+// small [r, K] → [tiles][K][kWidth]; what lies beyond r stays as it is. Rows or columns of small are contiguous.
+template <typename T>
+CLORA_INLINE void pack_tiles(const Matrix<T>& small, float* packed) {
+  const int64_t r = small.rows, K = small.columns;
+  for (int64_t first = 0; first < r; first += kWidth, packed += K * kWidth) {
+    const int64_t ranks = std::min(kWidth, r - first);
+    const typename T::Storage* source = small.data + first * small.row_stride;
+    if (small.row_stride == 1) {
+      for (int64_t k = 0; k < K; ++k) {
+        for (int64_t j = 0; j < ranks; ++j) packed[k * kWidth + j] = T::from(source[k * small.column_stride + j]);
+      }
+      continue;
+    }
+    for (int64_t begin = 0; begin < K; begin += kWidth) {
+      const int64_t count = std::min(kWidth, K - begin);
+      alignas(64) float tile[kWidth][kWidth] = {};
+      for (int64_t j = 0; j < ranks; ++j) {
+        const typename T::Storage* row = source + j * small.row_stride + begin * small.column_stride;
+        for (int64_t k = 0; k < count; ++k) tile[j][k] = T::from(row[k * small.column_stride]);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t j = 0; j < kWidth; ++j) packed[(begin + k) * kWidth + j] = tile[j][k];
+      }
+    }
+  }
 }
 
 // out [M][r] = a [M][K] · small [r, K]ᵀ for rows so few that packing would take longer; small has contiguous rows.
@@ -351,6 +367,7 @@ CLORA_INLINE void product_columns(const float* dy, const Matrix<T>& weight, int6
       default: return product_columns<Type, 8>(dy, weight, b, e, sums);                                     \
     }                                                                                                       \
   }                                                                                                         \
+  CLORA_CLONES void pack(const Matrix<Type>& small, float* packed) { pack_tiles(small, packed); }           \
   CLORA_CLONES void round(const float* from, float factor, int64_t count, Type::Storage* out, Type) {       \
     for (int64_t i = 0; i < count; ++i) out[i] = Type::to(factor * from[i]);                                \
   }
@@ -401,10 +418,18 @@ Mask make_mask(const std::optional<Tensor>& seed, const std::optional<Tensor>& t
           shape.groups_per_row, first_row};
 }
 
-// A matrix as fp32 [rows][padded], dropped; zeros beyond its columns.
-std::vector<float> widened(const Tensor& t, const char* name, int64_t padded, const Mask& mask = {}) {
-  std::vector<float> out(static_cast<size_t>(t.size(0) * padded));
-  with_type(t, name, [&](auto type) { widen(matrix<decltype(type)>(t), mask, padded, out.data()); });
+// Scratch comes from torch's allocator, where whoever measures memory sees it.
+Tensor scratch(const Tensor& like, int64_t floats) {
+  return torch::stable::new_empty(like, {floats}, ScalarType::Float);
+}
+
+// A matrix as fp32 [rows][padded], dropped, zeros beyond its columns; the matrix itself where it is that already.
+Tensor widened(const Tensor& t, const char* name, int64_t padded, const Mask& mask = {}) {
+  if (t.scalar_type() == ScalarType::Float && t.is_contiguous() && padded == t.size(1) && !mask.given) return t;
+  Tensor out = scratch(t, t.size(0) * padded);
+  auto* data = out.mutable_data_ptr<float>();
+  if (padded > t.size(1)) std::fill(data, data + t.size(0) * padded, 0.0f);
+  with_type(t, name, [&](auto type) { widen(matrix<decltype(type)>(t), mask, padded, data); });
   return out;
 }
 
@@ -422,16 +447,18 @@ Tensor shrink(const Tensor& big, const Tensor& small, const std::optional<Tensor
   const Mask mask = make_mask(seed, threshold, 0, M, K);
   Tensor out = torch::stable::new_empty(big, {M, r}, ScalarType::Float);
   if (M <= kFewRows && (small.stride(1) == 1 || K <= 1)) {
-    const std::vector<float> rows = widened(big, "big", K, mask);
-    with_type(small, "small",
-              [&](auto type) { dot(rows.data(), matrix<decltype(type)>(small), M, out.mutable_data_ptr<float>()); });
+    const Tensor rows = widened(big, "big", K, mask);
+    with_type(small, "small", [&](auto type) {
+      dot(rows.const_data_ptr<float>(), matrix<decltype(type)>(small), M, out.mutable_data_ptr<float>());
+    });
     return out;
   }
-  const std::vector<float> factors = widened(small, "small", K);
   const int64_t tiles = (r + kWidth - 1) / kWidth;
-  std::vector<float> packed(static_cast<size_t>(tiles * K * kWidth));
-  pack_tiles(factors.data(), r, K, packed.data());
-  const Shrink s{r, tiles, packed.data(), out.mutable_data_ptr<float>()};
+  Tensor packed = scratch(big, tiles * K * kWidth);
+  auto* tiled = packed.mutable_data_ptr<float>();
+  if (r % kWidth) std::fill(tiled + (tiles - 1) * K * kWidth, tiled + tiles * K * kWidth, 0.0f);
+  with_type(small, "small", [&](auto type) { pack(matrix<decltype(type)>(small), tiled); });
+  const Shrink s{r, tiles, tiled, out.mutable_data_ptr<float>()};
   with_type(big, "big", [&](auto type) {
     const auto m = matrix<decltype(type)>(big);
     const int64_t blocks = (M + kRows - 1) / kRows;
@@ -451,8 +478,8 @@ Tensor reduce(const Tensor& small, const Tensor& big, const std::optional<Tensor
   const Mask mask = make_mask(seed, threshold, 0, M, K);
   Tensor out = torch::stable::new_empty(big, {r, K}, ScalarType::Float);
   const int64_t padded = round_up(r, kRows);
-  const std::vector<float> factors = widened(small, "small", padded);
-  const Reduce s{r, padded, factors.data(), out.mutable_data_ptr<float>()};
+  const Tensor factors = widened(small, "small", padded);
+  const Reduce s{r, padded, factors.const_data_ptr<float>(), out.mutable_data_ptr<float>()};
   with_type(big, "big", [&](auto type) {
     const auto m = matrix<decltype(type)>(big);
     const int64_t blocks = (K + kReduceColumns - 1) / kReduceColumns;
@@ -473,8 +500,8 @@ void expand_(Tensor y, const Tensor& small, const Tensor& C, const std::optional
   STD_TORCH_CHECK(N <= 1 || y.stride(1) == 1, "y must have contiguous rows");
   const Mask mask = make_mask(seed, threshold, first_row, M, N);
   const int64_t padded = round_up(N, kWidth);
-  const std::vector<float> factors = widened(small, "small", r), widened_C = widened(C, "C", padded);
-  const Expand s{r, padded, factors.data(), widened_C.data(), accumulate};
+  const Tensor factors = widened(small, "small", r), widened_C = widened(C, "C", padded);
+  const Expand s{r, padded, factors.const_data_ptr<float>(), widened_C.const_data_ptr<float>(), accumulate};
   with_type(y, "y", [&](auto type) {
     const auto m = matrix<decltype(type)>(y);
     const int64_t blocks = (M + kRows - 1) / kRows;
@@ -500,8 +527,9 @@ Tensor fold(const Tensor& small, const Tensor& scale, const Tensor& like) {
   return out;
 }
 
-// factor · t [rows, columns], contiguous fp32, in the dtype of `like`.
+// factor · t [rows, columns], contiguous fp32, in the dtype of `like`; t itself where that is the same.
 Tensor rounded(const Tensor& t, float factor, const Tensor& like) {
+  if (factor == 1.0f && like.scalar_type() == ScalarType::Float) return t;
   Tensor out = torch::stable::new_empty(like, {t.size(0), t.size(1)});
   with_type(out, "like", [&](auto type) {
     using T = decltype(type);
@@ -546,33 +574,38 @@ std::tuple<Tensor, Tensor, Tensor> lay_down_backward(const Tensor& dy, const Ten
   check_adapter(lora_B, "lora_B");
   Tensor dx = torch::stable::new_empty(dy, {need_x ? dy.size(0) : 0, lora_A.size(1)});
   Tensor dA = torch::stable::new_empty(lora_A, {0}), dB = torch::stable::new_empty(lora_B, {0});
+  if (need_B) dB = fold(reduce(q, dy, std::nullopt, std::nullopt), scale, lora_B);
   if (need_x || need_A) {
-    const Tensor h = shrink(dy, fold(lora_B, scale, dy), std::nullopt, std::nullopt);
-    const Tensor g = rounded(h, kept_value(threshold), dy);
+    // in fp32 nothing is rounded on the way: s can wait, and no copy of lora_B is made
+    const bool waits = dy.scalar_type() == ScalarType::Float;
+    const Tensor C = waits ? torch::stable::transpose(lora_B, 0, 1) : fold(lora_B, scale, dy);
+    const float factor = kept_value(threshold) * (waits ? *scale.const_data_ptr<float>() : 1.0f);
+    const Tensor g = rounded(shrink(dy, C, std::nullopt, std::nullopt), factor, dy);
     if (need_x) expand_(dx, g, rounded(lora_A, 1.0f, dy), seed, threshold, 0, false);
     if (need_A) dA = reduce(g, x, seed, threshold);
   }
-  if (need_B) dB = fold(reduce(q, dy, std::nullopt, std::nullopt), scale, lora_B);
   return {dx, dA, dB};
 }
 
 // dy [M, N] · weight [N, K] + dx, rounded once, for M <= kFewRows: fp32 sums, the weight read once in memory's order.
 Tensor few_rows(const Tensor& dy, const Tensor& weight, const Tensor& dx) {
   const int64_t M = dy.size(0), K = weight.size(1);
-  std::vector<float> factors = widened(dy, "dy", dy.size(1)), sums = widened(dx, "dx", K);
+  const Tensor factors = widened(dy, "dy", dy.size(1));
+  Tensor out = torch::stable::new_empty(dx, {M, K}), sums = scratch(dx, M * K);
+  auto* total = sums.mutable_data_ptr<float>();
+  with_type(dx, "dx", [&](auto type) { widen(matrix<decltype(type)>(dx), {}, K, total); });
   with_type(weight, "weight", [&](auto type) {
     const auto m = matrix<decltype(type)>(weight);
     const int64_t blocks = (K + kBlockColumns - 1) / kBlockColumns;
     torch::stable::parallel_for(0, blocks, grain(2 * M * m.rows * kBlockColumns), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        product(factors.data(), m, M, b * kBlockColumns, std::min((b + 1) * kBlockColumns, K), sums.data());
+        product(factors.const_data_ptr<float>(), m, M, b * kBlockColumns, std::min((b + 1) * kBlockColumns, K), total);
       }
     });
   });
-  Tensor out = torch::stable::new_empty(dx, {M, K});
   with_type(out, "dx", [&](auto type) {
     using T = decltype(type);
-    round(sums.data(), 1.0f, M * K, static_cast<typename T::Storage*>(out.mutable_data_ptr()), type);
+    round(total, 1.0f, M * K, static_cast<typename T::Storage*>(out.mutable_data_ptr()), type);
   });
   return out;
 }
