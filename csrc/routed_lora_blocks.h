@@ -1,5 +1,6 @@
 // The inner loops of routed LoRA on a CPU, over blocks of a big operand: `count` rows or columns of it are converted to
-// fp32 and masked in the first cache, once for all ranks. Every sum has one order, that of its index.
+// fp32 and masked in the first cache, once for all ranks. Every sum has one order, that of its index; long ones are made
+// in pieces, for in one chain of additions the rounding errors of a thousand terms of one sign add up.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,8 @@ constexpr int64_t kWidth = 2 * kLanes;   // columns of accumulators
 constexpr int64_t kBlockColumns = 512;   // of the big operand in a block of kRows rows
 constexpr int64_t kReduceRows = 32;      // of the big operand in a block of kReduceColumns columns
 constexpr int64_t kReduceColumns = 128;
+constexpr int64_t kLongestChain = 128;   // of additions in a sum
+constexpr int64_t kBlocksPerPiece = 32;  // of kReduceRows rows
 
 // A draw of drop(x), or none: element (row, column) is kept if its 16-bit lane reaches the threshold.
 struct Mask {
@@ -65,9 +68,10 @@ CLORA_INLINE void read_row(const Matrix<T>& big, const Mask& mask, int64_t row, 
   drop(mask, row, column, count, out);
 }
 
-// acc [kRows, kWidth] += Σ_i a[i·a_step + row·a_row] · b[i·b_step ..]
-CLORA_INLINE void accumulate(int64_t count, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                             int64_t b_step, Vector (&acc)[kRows][2]) {
+// acc [kRows, kWidth] = Σ_i a[i·a_step + row·a_row] · b[i·b_step ..]
+CLORA_INLINE void multiply(int64_t count, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+                           Vector (&acc)[kRows][2]) {
+  for (int64_t row = 0; row < kRows; ++row) acc[row][0] = acc[row][1] = Vector{};
   for (int64_t i = 0; i < count; ++i) {
     const Vector low = at(b + i * b_step), high = at(b + i * b_step + kLanes);
 #pragma GCC unroll 6
@@ -98,13 +102,13 @@ CLORA_INLINE void shrink_rows(const Matrix<T>& big, const Mask& mask, const Shri
       for (int64_t i = 0; i < count; ++i) read_row(big, mask, first + i, column, width, rows[i]);
       for (int64_t tile = 0; tile < s.tiles; ++tile) {
         float* tile_sums = sums.data() + tile * kRows * kWidth;
-        Vector acc[kRows][2];
-        for (int64_t i = 0; i < kRows; ++i) {
-          for (int64_t j = 0; j < 2; ++j) acc[i][j] = at(tile_sums + i * kWidth + j * kLanes);
-        }
-        accumulate(width, rows[0], kBlockColumns, 1, s.small + (tile * big.columns + column) * kWidth, kWidth, acc);
-        for (int64_t i = 0; i < kRows; ++i) {
-          for (int64_t j = 0; j < 2; ++j) at(tile_sums + i * kWidth + j * kLanes) = acc[i][j];
+        const float* factors = s.small + (tile * big.columns + column) * kWidth;
+        for (int64_t k = 0; k < width; k += kLongestChain) {
+          Vector acc[kRows][2];
+          multiply(std::min(kLongestChain, width - k), rows[0] + k, kBlockColumns, 1, factors + k * kWidth, kWidth, acc);
+          for (int64_t i = 0; i < kRows; ++i) {
+            for (int64_t j = 0; j < 2; ++j) at(tile_sums + i * kWidth + j * kLanes) += acc[i][j];
+          }
         }
       }
     }
@@ -122,34 +126,43 @@ struct Reduce {
   float* out;
 };
 
+// total += sums, sums = 0
+CLORA_INLINE void move_to(std::vector<float>& total, std::vector<float>& sums) {
+  for (size_t i = 0; i < sums.size(); ++i) {
+    total[i] += sums[i];
+    sums[i] = 0.0f;
+  }
+}
+
 template <typename T>
 CLORA_INLINE void reduce_columns(const Matrix<T>& big, const Mask& mask, const Reduce& s, int64_t begin, int64_t end) {
   alignas(64) float block[kReduceRows][kReduceColumns];
-  std::vector<float> sums(static_cast<size_t>(s.padded * kReduceColumns));
+  const auto size = static_cast<size_t>(s.padded * kReduceColumns);
+  std::vector<float> sums(size), total(size);
   for (int64_t column = begin * kReduceColumns; column < std::min(end * kReduceColumns, big.columns);
        column += kReduceColumns) {
     const int64_t width = std::min(kReduceColumns, big.columns - column);
     if (width < kReduceColumns) std::memset(block, 0, sizeof(block));
     std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill(total.begin(), total.end(), 0.0f);
     for (int64_t first = 0; first < big.rows; first += kReduceRows) {
+      if (first % (kBlocksPerPiece * kReduceRows) == 0) move_to(total, sums);
       const int64_t count = std::min(kReduceRows, big.rows - first);
       for (int64_t i = 0; i < count; ++i) read_row(big, mask, first + i, column, width, block[i]);
       for (int64_t rank = 0; rank < s.padded; rank += kRows) {
         for (int64_t chunk = 0; chunk < width; chunk += kWidth) {
           float* tile_sums = sums.data() + rank * kReduceColumns + chunk;
           Vector acc[kRows][2];
+          multiply(count, s.small + first * s.padded + rank, 1, s.padded, block[0] + chunk, kReduceColumns, acc);
           for (int64_t i = 0; i < kRows; ++i) {
-            for (int64_t j = 0; j < 2; ++j) acc[i][j] = at(tile_sums + i * kReduceColumns + j * kLanes);
-          }
-          accumulate(count, s.small + first * s.padded + rank, 1, s.padded, block[0] + chunk, kReduceColumns, acc);
-          for (int64_t i = 0; i < kRows; ++i) {
-            for (int64_t j = 0; j < 2; ++j) at(tile_sums + i * kReduceColumns + j * kLanes) = acc[i][j];
+            for (int64_t j = 0; j < 2; ++j) at(tile_sums + i * kReduceColumns + j * kLanes) += acc[i][j];
           }
         }
       }
     }
+    move_to(total, sums);
     for (int64_t rank = 0; rank < s.r; ++rank) {
-      std::copy_n(sums.data() + rank * kReduceColumns, width, s.out + rank * big.columns + column);
+      std::copy_n(total.data() + rank * kReduceColumns, width, s.out + rank * big.columns + column);
     }
   }
 }
@@ -181,8 +194,8 @@ CLORA_INLINE void expand_rows(const Matrix<T>& y, const Mask& mask, const Expand
     for (int64_t column = 0; column < y.columns; column += kBlockColumns) {
       const int64_t width = std::min(kBlockColumns, y.columns - column);
       for (int64_t chunk = 0; chunk < width; chunk += kWidth) {
-        Vector acc[kRows][2] = {};
-        accumulate(s.r, factors.data(), s.r, 1, s.C + column + chunk, s.padded_columns, acc);
+        Vector acc[kRows][2];
+        multiply(s.r, factors.data(), s.r, 1, s.C + column + chunk, s.padded_columns, acc);
         for (int64_t i = 0; i < kRows; ++i) {
           for (int64_t j = 0; j < 2; ++j) at(sums[i] + chunk + j * kLanes) = acc[i][j];
         }

@@ -96,45 +96,53 @@ CLORA_INLINE void transpose_rows(const Matrix<Float32>& small, float scale, type
   }
 }
 
-// sums [M][K] += dy [M][N] · kStep rows of weight [N, K] from row n on, for columns begin .. end of K.
+// sums [M][kBlockColumns] += dy [M][N] · kStep rows of weight [N, K] from row n on, for columns begin .. end of K.
 template <typename T, int64_t kM, int64_t kStep>
 CLORA_INLINE void product_of_rows(const float* dy, const Matrix<T>& weight, int64_t n, int64_t begin, int64_t end,
                                   float* sums) {
-  const int64_t N = weight.rows, K = weight.columns, whole = begin + (end - begin) / kWidth * kWidth;
+  const int64_t N = weight.rows, width = end - begin, whole = width / kWidth * kWidth;
   const typename T::Storage* rows[kStep];
   float factors[kM][kStep];
   for (int64_t i = 0; i < kStep; ++i) {
-    rows[i] = weight.data + (n + i) * weight.row_stride;
+    rows[i] = weight.data + (n + i) * weight.row_stride + begin;
     for (int64_t m = 0; m < kM; ++m) factors[m][i] = dy[m * N + n + i];
   }
-  for (int64_t k = begin; k < whole; k += kWidth) {
+  for (int64_t k = 0; k < whole; k += kWidth) {
     alignas(64) float chunk[kStep][kWidth];
     for (int64_t i = 0; i < kStep; ++i) read_chunk<T>(rows[i] + k, chunk[i]);
     for (int64_t m = 0; m < kM; ++m) {
-      Vector low = at(sums + m * K + k), high = at(sums + m * K + k + kLanes);
+      float* out = sums + m * kBlockColumns + k;
+      Vector low = at(out), high = at(out + kLanes);
       for (int64_t i = 0; i < kStep; ++i) {
         low += factors[m][i] * at(chunk[i]);
         high += factors[m][i] * at(chunk[i] + kLanes);
       }
-      at(sums + m * K + k) = low;
-      at(sums + m * K + k + kLanes) = high;
+      at(out) = low;
+      at(out + kLanes) = high;
     }
   }
   for (int64_t m = 0; m < kM; ++m) {
     for (int64_t i = 0; i < kStep; ++i) {
-      for (int64_t k = whole; k < end; ++k) sums[m * K + k] += factors[m][i] * T::from(rows[i][k]);
+      for (int64_t k = whole; k < width; ++k) sums[m * kBlockColumns + k] += factors[m][i] * T::from(rows[i][k]);
     }
   }
 }
 
-// sums [M][K] += dy [M][N] · weight [N, K] for columns begin .. end of K, a few rows of the weight at a time, each read
-// once and in the order of memory; weight has contiguous rows.
+// sums [M][K] += dy [M][N] · weight [N, K] for columns begin .. end of K, kBlockColumns at most, a few rows of the weight
+// at a time, each read once and in the order of memory; weight has contiguous rows.
 template <typename T, int64_t kM>
 CLORA_INLINE void product_columns(const float* dy, const Matrix<T>& weight, int64_t begin, int64_t end, float* sums) {
   constexpr int64_t kStep = 4;
-  int64_t n = 0;
-  for (; n + kStep <= weight.rows; n += kStep) product_of_rows<T, kM, kStep>(dy, weight, n, begin, end, sums);
-  for (; n < weight.rows; ++n) product_of_rows<T, kM, 1>(dy, weight, n, begin, end, sums);
+  alignas(64) float piece[kM][kBlockColumns];
+  for (int64_t n = 0; n < weight.rows;) {
+    std::memset(piece, 0, sizeof(piece));
+    const int64_t last = std::min(n + kLongestChain, weight.rows);
+    for (; n + kStep <= last; n += kStep) product_of_rows<T, kM, kStep>(dy, weight, n, begin, end, piece[0]);
+    for (; n < last; ++n) product_of_rows<T, kM, 1>(dy, weight, n, begin, end, piece[0]);
+    for (int64_t m = 0; m < kM; ++m) {
+      for (int64_t k = begin; k < end; ++k) sums[m * weight.columns + k] += piece[m][k - begin];
+    }
+  }
 }
 
 }  // namespace clora_kernels
