@@ -157,6 +157,14 @@ def test_autocast_runs_in_its_dtype(device, half, name, backend):
         assert_parity({"y": results["y"]}, cast)
 
 
+def test_autocast_mixes_no_fp64(device):
+    """As in F.linear: an fp64 x is not autocast, and no other weight is made to fit it."""
+    inputs = make_inputs(dtype=torch.float64, routing=False, device=device)
+    inputs["weight"] = inputs["weight"].bfloat16()
+    with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(TypeError, match="weight: got dtype"):
+        routed_lora_linear(**inputs)
+
+
 def test_autocast_leaves_fp64_and_backward_alone(device):
     inputs = make_inputs(dtype=torch.float64, device=device)
     x = inputs["x"].requires_grad_()
