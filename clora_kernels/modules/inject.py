@@ -134,8 +134,9 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
     """Fold every routing (frozen and live) into lora_B: ordinary LoRA of the same rank and ``scaling``, equal outputs.
 
     Returns:
-        The adapter under PEFT's key names (``base_model.model.<layer>.lora_A.weight``, ...), detached. PEFT's
-        ``lora_alpha`` is then ``scaling``·rank of lora_A.
+        The adapter under the names of PEFT's files (``base_model.model.<layer>.lora_A.weight``, ...), detached: what
+        ``peft.set_peft_model_state_dict`` takes. PEFT's ``lora_alpha`` is then ``scaling``·rank of lora_A;
+        ``clora_kernels.integrations.peft.save_pretrained`` writes that too.
 
     Raises:
         ValueError: no routed LoRA layer, or one with a bank of routings; RuntimeError: one that was merged with

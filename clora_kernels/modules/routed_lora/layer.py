@@ -140,6 +140,10 @@ class RoutedLoRALinear(AdapterLinear):
         """lora_A ``[r, K]``, lora_B ``[N, r]``, routing and frozen_routing as the functions take them."""
         return self.lora_A, self.lora_B, self.routing, self.frozen_routing
 
+    def scaling_value(self) -> float:
+        """``scaling`` as a number; of one that learns, what it is now."""
+        return float(self.scaling.item() if isinstance(self.scaling, Tensor) else self.scaling)
+
     def forward(
         self,
         x: Tensor,
@@ -224,7 +228,7 @@ class RoutedLoRALinear(AdapterLinear):
 
     def extra_repr(self) -> str:
         path = "merged" if self._merged else choose(self.weight.dtype, self.weight.device, False, self.backend).backend
-        scaling = f"{float(self.scaling):g}" if self.weight.device.type != "meta" else "?"
+        scaling = f"{self.scaling_value():g}" if self.weight.device.type != "meta" else "?"
         routing = "None" if self.routing is None else str(tuple(self.routing.shape))
         frozen = "" if self.frozen_routing is None else ", frozen_routing"
         return (
