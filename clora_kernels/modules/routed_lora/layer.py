@@ -88,12 +88,12 @@ class RoutedLoRALinear(AdapterLinear):
     def _add_adapter(
         self,
         r: int,
-        routing: bool | int,
-        frozen_routing: bool,
-        scaling: float | nn.Parameter,
-        dropout_p: float,
-        adapter_dtype: torch.dtype | None,
-        backend: str,
+        routing: bool | int = True,
+        frozen_routing: bool = False,
+        scaling: float | nn.Parameter = 1.0,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
