@@ -96,17 +96,28 @@ def test_a_patched_forward_a_factory_without_a_module_and_targets_of_another_typ
     assert list(model.modules()) == before
 
 
-@pytest.mark.parametrize("act", [ck.to_lora, ck.extract])
+@pytest.mark.parametrize("act", [ck.to_lora, ck.extract, ck.unmerge_all, ck.merge_all])
 def test_a_layer_that_cannot_be_restored_changes_nothing(act, model):
     ck.inject(model, lora, ["up"])
     randomize_all(model)
     model.eval()
+    model[0].up.merge()
     model[1].up.merge(backup=None)
-    before = [t.clone() for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    layers, weights = (model[0].up, model[1].up), (model[0].up.weight, model[1].up.weight)
+    before = [t.clone() for layer in layers for t in (layer.weight, *layer.adapter_state_dict().values())]
     with pytest.raises(RuntimeError, match="backup=None"):
         act(model)
-    after = [t for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    after = [t for layer in layers for t in (layer.weight, *layer.adapter_state_dict().values())]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(layer.merged and layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
+
+
+def test_a_layer_that_cannot_be_merged_leaves_all_unmerged(model):
+    ck.inject(model, lora, ["0.up"])
+    ck.inject(model, lambda linear: RoutedLoRALinear.from_linear(linear, 3, routing=2), ["1.up"])
+    with pytest.raises(ValueError, match="bank of 2"):
+        ck.merge_all(model)
+    assert not model[0].up.merged and not model[1].up.merged
 
 
 def test_a_shared_layer_stays_shared(model):
