@@ -189,6 +189,21 @@ def test_to_lora_folds_both_routings_and_names_tensors_as_peft_does(model):
     assert_parity({"y": layer(inputs["x"]).detach()}, inputs)
 
 
+def test_to_lora_rounds_a_16_bit_adapter_once():
+    """Whole numbers, of which neither the sum of the routings nor, on the way, a product is one of bf16."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    ck.inject(model, lambda linear: lora(linear, adapter_dtype=torch.bfloat16), ["0"])
+    layer = model[0]
+    with torch.no_grad():
+        layer.routing.copy_(torch.randint(1, 200, (3, 3)))
+        layer.frozen_routing.copy_(torch.randint(1, 128, (3, 3)) * 256)
+        layer.lora_B.copy_(torch.randint(-9, 9, (8, 3)))
+    total = layer.routing.double() + layer.frozen_routing.double()
+    expected = (layer.lora_B.double() @ total.mT).bfloat16()
+    assert not torch.equal(total.bfloat16().double(), total)
+    assert torch.equal(ck.to_lora(model)["base_model.model.0.lora_B.weight"], expected)
+
+
 def test_to_lora_refuses_a_bank_and_leaves_the_model_as_it_was(model):
     ck.inject(model, lora, ["0.up"])
     ck.inject(model, lambda linear: RoutedLoRALinear.from_linear(linear, 3, routing=2), ["1.up"])

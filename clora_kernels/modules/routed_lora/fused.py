@@ -89,7 +89,7 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         return torch.cat(rows)
 
     def _routed_B(self, total: Tensor) -> Tensor:
-        return torch.cat([part @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
+        return torch.cat([part.to(R.dtype) @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
 
     def check_mergeable(self) -> None:
         """The leading dimension counts slices, not tasks: there is always one merged weight."""

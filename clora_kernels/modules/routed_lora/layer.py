@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES, check_dropout, scaling_tensor
 from ...dispatch.routed_lora import choose
+from ...reference.routed_lora import accumulation_dtype
 from ..adapter import AdapterLinear, default_adapter_dtype
 
 
@@ -202,7 +203,8 @@ class RoutedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def fold_routing(self) -> None:
-        """Make this an ordinary LoRA of the same rank: lora_B ← lora_B·(frozen_routing + routing)ᵀ, and no routing.
+        """Make this an ordinary LoRA of the same rank: lora_B ← lora_B·(frozen_routing + routing)ᵀ, rounded once,
+        and no routing.
 
         Raises:
             ValueError: a bank of routings.
@@ -211,13 +213,14 @@ class RoutedLoRALinear(AdapterLinear):
         if self.routing is None:
             return
         self.unmerge()
-        total = self.routing if self.frozen_routing is None else self.routing + self.frozen_routing
+        acc = accumulation_dtype(self.lora_B.dtype)
+        total = self.routing.to(acc) if self.frozen_routing is None else self.routing.to(acc) + self.frozen_routing
         self.lora_B.copy_(self._routed_B(total))
         self.routing = None
         self.frozen_routing = None
 
     def _routed_B(self, total: Tensor) -> Tensor:
-        return self.lora_B @ total.mT
+        return self.lora_B.to(total.dtype) @ total.mT
 
     def check_mergeable(self) -> None:
         if self.routing is not None and self.routing.dim() == 3:
