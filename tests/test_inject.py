@@ -153,9 +153,10 @@ def test_extract_is_the_inverse(model):
 def test_merge_all_and_unmerge_all(model):
     ck.inject(model, lora, ["q_proj"])
     randomize_all(model)
-    before = snapshot(model.eval())
+    before, weight = snapshot(model.eval()), model[0].q_proj.weight
     assert ck.merge_all(model, backup="cpu") == ["0.q_proj", "1.q_proj"]
     assert model[0].q_proj.merged and same_bits(snapshot(model), before)
+    assert model[0].q_proj.weight is weight, "with a backup on the device it is another parameter"
     assert ck.unmerge_all(model) == ["0.q_proj", "1.q_proj"] and not model[0].q_proj.merged
 
 

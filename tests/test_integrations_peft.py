@@ -140,6 +140,31 @@ def test_peft_takes_the_tensors_of_to_lora(peft):
     assert_reads(adapted(with_routings), reader, x)
 
 
+class LookAlikes(nn.Module):
+    """Paths of which one ends like another, and one looks like another's pattern."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.z, self.z_up, self.last = nn.Linear(6, 6), nn.Module(), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.z.up = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.z_up(torch.tanh(self.z.up(torch.tanh(self.up(x)))))))
+
+
+def test_each_layer_gets_its_own_rank(peft, tmp_path):
+    torch.manual_seed(0)
+    plain, x = LookAlikes(), torch.randn(5, 6)
+    model = copy.deepcopy(plain)
+    ranks = {model.up: 1, model.z.up: 3, model.z_up: 2, model.last: 2}
+    trained(model, lambda linear: RoutedLoRALinear.from_linear(linear, ranks[linear]), r".*(up|last)", x)
+    with_routings = copy.deepcopy(model)
+    save_pretrained(model, tmp_path)
+    config = lora_config(model)
+    assert (config["r"], config["lora_alpha"]) == (2, 2.0) and sorted(config["rank_pattern"].values()) == [1, 3]
+    assert_reads(adapted(with_routings), peft.PeftModel.from_pretrained(plain, tmp_path), x)
+
+
 def test_weights_laid_out_the_other_way(peft, tmp_path):
     torch.manual_seed(0)
     plain, x = nn.Sequential(Conv1D(12, 9), nn.Tanh(), Conv1D(7, 12)), torch.randn(6, 9)
