@@ -175,6 +175,18 @@ def test_autocast_leaves_fp64_and_backward_alone(device):
     assert_parity({"y": y.detach(), "x": dx}, inputs, dy=dy_for(inputs), gradients=["x"])
 
 
+@pytest.mark.parametrize("bank", [0, 2])
+def test_backward_inside_autocast_is_that_outside(device, bank):
+    """What backward sums in fp32 must not be cast down where somebody calls it under autocast."""
+    inputs = make_inputs(bank=bank, frozen=True, gate=(5,), scaling=None, device=device)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "weight", "lora_A", "lora_B", "routing", "gate", "scaling")]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = routed_lora_linear(**inputs)
+        inside = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    outside = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 @pytest.mark.parametrize("dtype, base, expected", [(torch.bfloat16, 256.0, 258.0), (torch.float32, 0.0, 1 + 2**-8)])
 def test_the_adapter_is_not_rounded_before_it_meets_the_base(device, dtype, base, expected):
     """1 + 2⁻⁸ is 1 in bf16: rounded first, 256 + 1 would be 256, and an fp32 base would get 1."""
