@@ -14,8 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import environment  # noqa: F401
 import torch
 from torch import Tensor
+
+from clora_kernels.testing import peak_memory
 
 BURST_SECONDS = 4e-3
 
@@ -129,24 +132,10 @@ class _Cuda:
 
 
 def peak_bytes(forward: Forward, backward: Backward, device: torch.device) -> int:
-    """Bytes allocated at the worst moment of one forward and backward above what was there before, y and gradients
-    included. Of torch's allocator on either device, exactly; scratch a matmul library allocates by itself is not seen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        gradients = backward(forward())
-        peak = torch.cuda.max_memory_allocated(device) - before
-        del gradients
-        return peak
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """Bytes allocated at the worst moment of one forward and backward, y and gradients included."""
+
+    def step() -> object:
         y = forward()
-        gradients = backward(y)
-    del y, gradients
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        return y, backward(y)
+
+    return peak_memory(step, device)[1]

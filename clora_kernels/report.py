@@ -69,7 +69,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Which backend and strategy the call ``fn(*args, **kwargs)`` takes, and why. Checks the arguments, runs nothing.
 
     Args:
-        fn: a function of this package, or a :class:`RoutedLoRALinear`.
+        fn: ``routed_lora_linear``, ``routed_lora_linear_group``, ``routed_lora_delta`` or ``dropout_mask``, or a
+            :class:`RoutedLoRALinear` with what it would be called with.
+
+    Returns:
+        ``backend``, ``strategy`` and ``reason``; prints as a sentence.
 
     Raises:
         TypeError: another ``fn``; arguments it does not take. ValueError and the like as the call itself would.

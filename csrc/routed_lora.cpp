@@ -225,6 +225,14 @@ std::tuple<Tensor, Tensor> lay_down(const Tensor& x, const Tensor& lora_A, const
   return {y, q};
 }
 
+// g = dy·Cᵀ · kept [M, r], rounded once. In fp32 nothing is rounded on the way: s can wait, and lora_B is not copied.
+Tensor gradient_of_p(const Tensor& dy, const Tensor& lora_B, const Tensor& scale, float kept) {
+  const bool waits = dy.scalar_type() == ScalarType::Float;
+  const Tensor C = waits ? torch::stable::transpose(lora_B, 0, 1) : fold(lora_B, scale, dy);
+  const float factor = waits ? kept * *scale.const_data_ptr<float>() : kept;
+  return rounded(shrink(dy, C, std::nullopt, std::nullopt), factor, dy);
+}
+
 // Its backward: mask ⊙ (g·Aᵀ), which is dx but for dy·Wᵀ, dA = gᵀ·drop(x) and dB = s·(qᵀ·dy)ᵀ, in fp32; where one is
 // not wanted, an empty tensor. x is read for dA, q for dB.
 std::tuple<Tensor, Tensor, Tensor> lay_down_backward(const Tensor& dy, const Tensor& x, const Tensor& q,
@@ -244,11 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> lay_down_backward(const Tensor& dy, const Ten
   Tensor dA = torch::stable::new_empty(lora_A, {0}), dB = torch::stable::new_empty(lora_B, {0});
   if (need_B) dB = fold(reduce(q, dy, std::nullopt, std::nullopt), scale, lora_B);
   if (need_x || need_A) {
-    // in fp32 nothing is rounded on the way: s can wait, and no copy of lora_B is made
-    const bool waits = dy.scalar_type() == ScalarType::Float;
-    const Tensor C = waits ? torch::stable::transpose(lora_B, 0, 1) : fold(lora_B, scale, dy);
-    const float factor = kept_value(threshold) * (waits ? *scale.const_data_ptr<float>() : 1.0f);
-    const Tensor g = rounded(shrink(dy, C, std::nullopt, std::nullopt), factor, dy);
+    const Tensor g = gradient_of_p(dy, lora_B, scale, kept_value(threshold));
     if (need_x) expand_(dx, g, rounded(lora_A, 1.0f, dy), seed, threshold, 0, false);
     if (need_A) dA = reduce(g, x, seed, threshold);
   }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clora_kernels.continual import ContinualMethod, CosineHead, Prototypes, TaskAccuracies, TaskReport
 from clora_kernels.continual.extras import require
-from clora_kernels.continual.measure import peak_memory
+from clora_kernels.testing import peak_memory
 
 PRETRAINING_CLASSES, TASKS, CLASSES_A_TASK = 4, 3, 2
 HIDDEN = 64

@@ -24,6 +24,7 @@ USE = """
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.adapter_parameters())
     assert str(clora_kernels.info())
     import clora_kernels.kernels.declared, clora_kernels.testing, clora_kernels.continual
+    import clora_kernels.integrations.peft
 """
 
 

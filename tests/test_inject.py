@@ -96,17 +96,28 @@ def test_a_patched_forward_a_factory_without_a_module_and_targets_of_another_typ
     assert list(model.modules()) == before
 
 
-@pytest.mark.parametrize("act", [ck.to_lora, ck.extract])
+@pytest.mark.parametrize("act", [ck.to_lora, ck.extract, ck.unmerge_all, ck.merge_all])
 def test_a_layer_that_cannot_be_restored_changes_nothing(act, model):
     ck.inject(model, lora, ["up"])
     randomize_all(model)
     model.eval()
+    model[0].up.merge()
     model[1].up.merge(backup=None)
-    before = [t.clone() for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    layers, weights = (model[0].up, model[1].up), (model[0].up.weight, model[1].up.weight)
+    before = [t.clone() for layer in layers for t in (layer.weight, *layer.adapter_state_dict().values())]
     with pytest.raises(RuntimeError, match="backup=None"):
         act(model)
-    after = [t for layer in (model[0].up, model[1].up) for t in layer.adapter_state_dict().values()]
+    after = [t for layer in layers for t in (layer.weight, *layer.adapter_state_dict().values())]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(layer.merged and layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
+
+
+def test_a_layer_that_cannot_be_merged_leaves_all_unmerged(model):
+    ck.inject(model, lora, ["0.up"])
+    ck.inject(model, lambda linear: RoutedLoRALinear.from_linear(linear, 3, routing=2), ["1.up"])
+    with pytest.raises(ValueError, match="bank of 2"):
+        ck.merge_all(model)
+    assert not model[0].up.merged and not model[1].up.merged
 
 
 def test_a_shared_layer_stays_shared(model):
@@ -142,9 +153,10 @@ def test_extract_is_the_inverse(model):
 def test_merge_all_and_unmerge_all(model):
     ck.inject(model, lora, ["q_proj"])
     randomize_all(model)
-    before = snapshot(model.eval())
+    before, weight = snapshot(model.eval()), model[0].q_proj.weight
     assert ck.merge_all(model, backup="cpu") == ["0.q_proj", "1.q_proj"]
     assert model[0].q_proj.merged and same_bits(snapshot(model), before)
+    assert model[0].q_proj.weight is weight, "with a backup on the device it is another parameter"
     assert ck.unmerge_all(model) == ["0.q_proj", "1.q_proj"] and not model[0].q_proj.merged
 
 
@@ -176,6 +188,21 @@ def test_to_lora_folds_both_routings_and_names_tensors_as_peft_does(model):
     assert torch.equal(state["base_model.model.0.q_proj.lora_B.weight"], expected)
     assert layer.routing is None and layer.frozen_routing is None
     assert_parity({"y": layer(inputs["x"]).detach()}, inputs)
+
+
+def test_to_lora_rounds_a_16_bit_adapter_once():
+    """Whole numbers, of which neither the sum of the routings nor, on the way, a product is one of bf16."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    ck.inject(model, lambda linear: lora(linear, adapter_dtype=torch.bfloat16), ["0"])
+    layer = model[0]
+    with torch.no_grad():
+        layer.routing.copy_(torch.randint(1, 200, (3, 3)))
+        layer.frozen_routing.copy_(torch.randint(1, 128, (3, 3)) * 256)
+        layer.lora_B.copy_(torch.randint(-9, 9, (8, 3)))
+    total = layer.routing.double() + layer.frozen_routing.double()
+    expected = (layer.lora_B.double() @ total.mT).bfloat16()
+    assert not torch.equal(total.bfloat16().double(), total)
+    assert torch.equal(ck.to_lora(model)["base_model.model.0.lora_B.weight"], expected)
 
 
 def test_to_lora_refuses_a_bank_and_leaves_the_model_as_it_was(model):

@@ -63,6 +63,7 @@ def test_scaling_can_be_a_parameter_that_learns():
     layer(torch.randn(3, 37)).square().sum().backward()
     assert layer.scaling.grad.shape == () and layer.scaling.grad != 0
     assert "scaling" in layer.adapter_state_dict() and layer.scaling in set(layer.adapter_parameters())
+    assert f"scaling={layer.scaling.item():g}" in repr(layer)
 
 
 @pytest.mark.parametrize("backup", ["device", "cpu"])

@@ -157,6 +157,14 @@ def test_autocast_runs_in_its_dtype(device, half, name, backend):
         assert_parity({"y": results["y"]}, cast)
 
 
+def test_autocast_mixes_no_fp64(device):
+    """As in F.linear: an fp64 x is not autocast, and no other weight is made to fit it."""
+    inputs = make_inputs(dtype=torch.float64, routing=False, device=device)
+    inputs["weight"] = inputs["weight"].bfloat16()
+    with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(TypeError, match="weight: got dtype"):
+        routed_lora_linear(**inputs)
+
+
 def test_autocast_leaves_fp64_and_backward_alone(device):
     inputs = make_inputs(dtype=torch.float64, device=device)
     x = inputs["x"].requires_grad_()
@@ -165,6 +173,18 @@ def test_autocast_leaves_fp64_and_backward_alone(device):
         (dx,) = torch.autograd.grad(y, x, dy_for(inputs))
     assert y.dtype == dx.dtype == torch.float64
     assert_parity({"y": y.detach(), "x": dx}, inputs, dy=dy_for(inputs), gradients=["x"])
+
+
+@pytest.mark.parametrize("bank", [0, 2])
+def test_backward_inside_autocast_is_that_outside(device, bank):
+    """What backward sums in fp32 must not be cast down where somebody calls it under autocast."""
+    inputs = make_inputs(bank=bank, frozen=True, gate=(5,), scaling=None, device=device)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "weight", "lora_A", "lora_B", "routing", "gate", "scaling")]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = routed_lora_linear(**inputs)
+        inside = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    outside = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
 @pytest.mark.parametrize("dtype, base, expected", [(torch.bfloat16, 256.0, 258.0), (torch.float32, 0.0, 1 + 2**-8)])

@@ -158,10 +158,11 @@ def backward(y, *leaves):
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["plain", "routed", "delta", "bank_frozen"])
-def test_opcheck(device, name):
+def test_opcheck(device, name, dtype):
     options = {**OPTIONS, **FROZEN}[name]
-    inputs = make_inputs(**{**SMALL, "dtype": torch.float32}, **options, device=device)
+    inputs = make_inputs(**{**SMALL, "dtype": dtype, "adapter_dtype": torch.float32}, **options, device=device)
     threshold = torch.tensor(19661, device=device) if "dropout_p" in options else None
     fields = {**inputs, "seed": inputs.get("dropout_seed"), "threshold": threshold}
     projection = Projection(**{name: fields.get(name) for name in Projection._fields})

@@ -1,4 +1,4 @@
-"""Planted faults for the guards of memory and for the records of what ran."""
+"""Planted faults for the guards of memory and for the records of what ran; what a call costs in memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from clora_kernels.testing import (
     guarded,
     guarded_outputs,
     launches,
+    peak_memory,
     poisoned_empty,
     saved_tensors,
     unchanged,
@@ -211,3 +212,20 @@ def test_layouts_are_what_they_say(layout):
     assert torch.equal(odd, t if layout != "expanded" else t[:1].expand_as(t))
     with pytest.raises(ValueError, match="layout"):
         laid_out(t, "sideways")
+
+
+def test_peak_memory_counts_what_is_held_at_once(device):
+    x = torch.ones(1 << 18, device=device)
+
+    def step():
+        a = x + 1
+        b = a * 2
+        del a
+        c = b + 3
+        return float(c.sum())
+
+    result, peak = peak_memory(step, device)
+    assert result == 7 * (1 << 18)
+    assert 2 * (1 << 20) <= peak < 2 * (1 << 20) + 65536
+    with pytest.raises(ValueError, match="device: got 'meta'"):
+        peak_memory(step, "meta")

@@ -3,7 +3,7 @@
 from .checkpoint import SavedRun, load_run, save_run
 from .clora import CLoRA
 from .heads import CosineHead, Prototypes
-from .lora import SequentialLoRA
+from .lora import RoutedLoRAMethod, SequentialLoRA
 from .losses import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
 from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summary, table
 from .parity import assert_model_parity
@@ -16,6 +16,7 @@ __all__ = [
     "ContinualMethod",
     "CosineHead",
     "Prototypes",
+    "RoutedLoRAMethod",
     "SavedRun",
     "SequentialLoRA",
     "TaskAccuracies",

@@ -27,19 +27,18 @@ from torch import Tensor, nn
 
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
+from .lora import RoutedLoRAMethod
 from .losses import check_fraction, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
-from .protocol import ContinualMethod
 
 BASES = ("leading", "full", "raw")
 TRAIN_FACTORS = ("always", "first_task")
 
 
-class CLoRA(ContinualMethod):
+class CLoRA(RoutedLoRAMethod):
     """C-LoRA on the targets of a model; see the module's docstring and :class:`ContinualMethod`.
 
     Args:
-        model, targets: as in :class:`ContinualMethod`.
-        r, scaling, dropout_p, backend: as in :class:`clora_kernels.RoutedLoRALinear`.
+        model, targets, **layer: as in :class:`RoutedLoRAMethod`: r, scaling, dropout_p and backend of the layers.
         orthogonality: λ.
         basis: Q_old: "leading", the leading left singular vectors of R_old that hold ``energy`` of its squared norm;
             "full", all of them that R_old has; "raw", R_old itself.
@@ -59,14 +58,11 @@ class CLoRA(ContinualMethod):
         model: nn.Module,
         targets: Targets,
         *,
-        r: int = 8,
-        scaling: float = 1.0,
-        dropout_p: float = 0.0,
         orthogonality: float = 1.0,
         basis: str = "leading",
         energy: float = 0.9,
         train_factors: str = "always",
-        backend: str = "auto",
+        **layer: Any,
     ) -> None:
         for name, value, known in (("basis", basis, BASES), ("train_factors", train_factors, TRAIN_FACTORS)):
             if value not in known:
@@ -74,10 +70,9 @@ class CLoRA(ContinualMethod):
         if orthogonality < 0:
             raise ValueError(f"orthogonality: got {orthogonality!r}, expected a weight of at least 0")
         check_fraction("energy", energy)
-        self.options: dict[str, Any] = {"r": r, "scaling": scaling, "dropout_p": dropout_p, "backend": backend}
         self.orthogonality, self.basis, self.energy = orthogonality, basis, energy
         self.train_factors = train_factors
-        super().__init__(model, targets)
+        super().__init__(model, targets, **layer)
 
     def make_layer(self, linear: nn.Module) -> RoutedLoRALinear:
         """Both routings zero, A Kaiming, B normal: ΔW = 0, and the first gradient of R_δ is not."""

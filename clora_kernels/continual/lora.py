@@ -13,13 +13,12 @@ from .protocol import ContinualMethod
 TRAIN = ("always", "first_task", "never")
 
 
-class SequentialLoRA(ContinualMethod):
-    """One LoRA trained on task after task, and nothing done against forgetting.
+class RoutedLoRAMethod(ContinualMethod):
+    """A method whose layers are RoutedLoRALinear, all made with the same options.
 
     Args:
         model, targets: as in :class:`ContinualMethod`.
         r, scaling, dropout_p, backend: as in :class:`clora_kernels.RoutedLoRALinear`.
-        train: "always"; "first_task": later tasks use what the first one learned; "never": the frozen model.
 
     Raises:
         ValueError: an unknown option; no layer of the model matches.
@@ -33,14 +32,28 @@ class SequentialLoRA(ContinualMethod):
         r: int = 8,
         scaling: float = 1.0,
         dropout_p: float = 0.0,
-        train: str = "always",
         backend: str = "auto",
     ) -> None:
+        self.options: dict[str, Any] = {"r": r, "scaling": scaling, "dropout_p": dropout_p, "backend": backend}
+        super().__init__(model, targets)
+
+
+class SequentialLoRA(RoutedLoRAMethod):
+    """One LoRA trained on task after task, and nothing done against forgetting.
+
+    Args:
+        train: "always"; "first_task": later tasks use what the first one learned; "never": the frozen model.
+        model, targets, **layer: as in :class:`RoutedLoRAMethod`: r, scaling, dropout_p and backend of the layers.
+
+    Raises:
+        ValueError: an unknown option; no layer of the model matches.
+    """
+
+    def __init__(self, model: nn.Module, targets: Targets, *, train: str = "always", **layer: Any) -> None:
         if train not in TRAIN:
             raise ValueError(f"train: got {train!r}, expected one of {', '.join(TRAIN)}")
-        self.options: dict[str, Any] = {"r": r, "scaling": scaling, "dropout_p": dropout_p, "backend": backend}
         self.train = train
-        super().__init__(model, targets)
+        super().__init__(model, targets, **layer)
 
     def make_layer(self, linear: nn.Module) -> RoutedLoRALinear:
         return RoutedLoRALinear.from_linear(linear, routing=False, **self.options)

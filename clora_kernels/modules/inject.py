@@ -42,9 +42,9 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
             ``"layers.0.q_proj"``), or one regular expression that matches whole paths.
 
     Returns:
-        The report. Layers that are adapted already, are not exactly nn.Linear or Conv1D, carry hooks or
+        The report; print it. Layers that are adapted already, are not exactly nn.Linear or Conv1D, carry hooks or
         parametrisations, or sit where a parent reads their weight without calling them (nn.MultiheadAttention,
-        nn.TransformerEncoderLayer) are left alone.
+        nn.TransformerEncoderLayer) are left alone. Nothing is frozen: :func:`freeze_base` does that.
 
     Raises:
         ValueError: nothing was swapped; says what the model has instead.
@@ -102,16 +102,41 @@ def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def merge_all(model: nn.Module, backup: str | None = "device") -> list[str]:
-    """:meth:`merge` every adapted layer of ``model``; returns their names. Raises ValueError if there is none."""
+    """Put every adapter of ``model`` into its layer's weight: inference at the cost of the plain model.
+
+    Args:
+        backup: where the original weights wait for :func:`unmerge_all`, as much memory again: "device", "cpu", or None,
+            which keeps nothing and cannot be undone.
+
+    Returns:
+        The names of the layers. They compute in eval mode alone; a merged layer in training mode raises.
+
+    Raises:
+        ValueError: no adapted layer; an unknown backup; a layer with a bank of routings.
+        RuntimeError: a layer that was merged with backup=None. The model is as it was each time.
+    """
     layers = _adapted(model)
+    for layer in layers.values():
+        layer.check_mergeable()
+        layer.check_restorable()
     for layer in layers.values():
         layer.merge(backup=backup)
     return list(layers)
 
 
 def unmerge_all(model: nn.Module) -> list[str]:
-    """:meth:`unmerge` every adapted layer of ``model``; returns their names. Raises ValueError if there is none."""
+    """Restore every original weight of ``model`` bit for bit; layers that are not merged stay as they are.
+
+    Returns:
+        The names of all adapted layers.
+
+    Raises:
+        ValueError: no adapted layer.
+        RuntimeError: one was merged with backup=None; the model is as it was.
+    """
     layers = _adapted(model)
+    for layer in layers.values():
+        layer.check_restorable()
     for layer in layers.values():
         layer.unmerge()
     return list(layers)
@@ -134,8 +159,9 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
     """Fold every routing (frozen and live) into lora_B: ordinary LoRA of the same rank and ``scaling``, equal outputs.
 
     Returns:
-        The adapter under PEFT's key names (``base_model.model.<layer>.lora_A.weight``, ...), detached. PEFT's
-        ``lora_alpha`` is then ``scaling``·rank of lora_A.
+        The adapter under the names of PEFT's files (``base_model.model.<layer>.lora_A.weight``, ...), detached: what
+        ``peft.set_peft_model_state_dict`` takes. PEFT's ``lora_alpha`` is then ``scaling``·rank of lora_A;
+        ``clora_kernels.integrations.peft.save_pretrained`` writes that too.
 
     Raises:
         ValueError: no routed LoRA layer, or one with a bank of routings; RuntimeError: one that was merged with

@@ -1,7 +1,8 @@
-"""Proof on the user's own device: parity with fp64, adapter fidelity, integrity of memory, and what really ran."""
+"""Proof on the user's own device: parity with fp64, adapter fidelity, what happens to memory, what really ran."""
 
 from .fidelity import Fidelity, adapter_fidelity, adapter_term, assert_fidelity
 from .integrity import guarded, guarded_outputs, poisoned_empty, saved_tensors, unchanged
+from .memory import peak_memory
 from .parity import Deviation, Reference, assert_parity, compare, evaluate
 from .tracing import dispatched, launches
 
@@ -19,6 +20,7 @@ __all__ = [
     "guarded",
     "guarded_outputs",
     "launches",
+    "peak_memory",
     "poisoned_empty",
     "saved_tensors",
     "unchanged",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,31 +88,19 @@ def adapter_fidelity(
     routing: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    frozen_routing: Tensor | None = None,
-    routing_index: Tensor | None = None,
-    gate: Tensor | None = None,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
     base_output: Tensor | None = None,
+    **adapter: Any,
 ) -> Fidelity:
     """α and σ of an output ``y`` [..., N] of a layer with these arguments, those of the public functions.
 
-    ``base_output`` stands in the place of x·W; one that was rounded to 16 bit counts as exact.
-    Raises ValueError if the adapter term is zero, for then nothing can be measured.
+    Args:
+        base_output: stands in the place of x·W; one that was rounded to 16 bit counts as exact.
+        **adapter: what else :func:`adapter_term` takes.
+
+    Raises:
+        ValueError: the adapter term is zero, for then nothing can be measured.
     """
-    delta = adapter_term(
-        x,
-        lora_A,
-        lora_B,
-        routing,
-        frozen_routing=frozen_routing,
-        routing_index=routing_index,
-        gate=gate,
-        scaling=scaling,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    delta = adapter_term(x, lora_A, lora_B, routing, **adapter)
     energy = delta.square().sum().item()
     if energy == 0.0:
         raise ValueError("the adapter term is zero; a fidelity needs an adapter that does something")
@@ -135,13 +124,13 @@ def _spacing(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(t, info.eps / 2), exponent).clamp(min=info.tiny * info.eps)
 
 
-def assert_fidelity(y: Tensor, x: Tensor, weight: Tensor | None, *args: object, **kwargs: object) -> Fidelity:
+def assert_fidelity(y: Tensor, x: Tensor, weight: Tensor | None, *args: Any, **kwargs: Any) -> Fidelity:
     """:func:`adapter_fidelity`, within |α − 1| ≤ 4σ + 2⁻⁹.
 
     Raises AssertionError if it is not, and ValueError if rounding hides the adapter so well that half of it could be
     missing unseen: such a case proves nothing and needs more elements or a larger adapter.
     """
-    fidelity = adapter_fidelity(y, x, weight, *args, **kwargs)  # type: ignore[arg-type]
+    fidelity = adapter_fidelity(y, x, weight, *args, **kwargs)
     if fidelity.bound >= 0.5:
         raise ValueError(f"rounding hides the adapter: 4·sigma + 2^-9 = {fidelity.bound:.2g}, expected less than 0.5")
     if not fidelity.ok:

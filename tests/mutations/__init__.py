@@ -1,15 +1,36 @@
 """The mutants, by the part of the code that they break."""
 
 from .continual import CONTINUAL
+from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
+from .integrations import INTEGRATIONS
 from .mutant import Mutant
 from .routed_lora_algebra import ALGEBRA
 from .routed_lora_arguments import ARGUMENTS
 from .routed_lora_aten import ATEN
 from .routed_lora_autograd import AUTOGRAD
+from .routed_lora_banks import BANKS
 from .routed_lora_dispatch import DISPATCH
+from .routed_lora_eager import EAGER
 from .routed_lora_modules import MODULES
+from .routed_lora_needs import NEEDS
+from .routed_lora_pack import PACK
 
 __all__ = ["MUTANTS", "Mutant"]
 
-MUTANTS: list[Mutant] = [*ALGEBRA, *ATEN, *DISPATCH, *AUTOGRAD, *ARGUMENTS, *MODULES, *DROPOUT_MASK, *CONTINUAL]
+MUTANTS: list[Mutant] = [
+    *ALGEBRA,
+    *NEEDS,
+    *BANKS,
+    *PACK,
+    *ATEN,
+    *CPU_MATMUL,
+    *DISPATCH,
+    *AUTOGRAD,
+    *EAGER,
+    *ARGUMENTS,
+    *MODULES,
+    *INTEGRATIONS,
+    *DROPOUT_MASK,
+    *CONTINUAL,
+]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The tests of what routed LoRA computes, the ones that notice most first.
+# The tests of what routed LoRA computes: first the quickest, then the ones that notice most.
 NUMBERS = tuple(
     f"tests/test_routed_lora_{what}.py"
-    for what in ("parity", "needs", "options", "dropout", "group", "layouts", "transforms", "merge")
+    for what in ("primitives", "parity", "needs", "options", "dropout", "group", "layouts", "transforms", "merge")
 )
 
 

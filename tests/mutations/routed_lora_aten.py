@@ -30,7 +30,7 @@ ATEN = mutants_of(
         (
             "bias-dropped-in-fp32",
             "y without the bias in fp32",
-            "y = matmul(a, b, None if bias is None else bias.to(a.dtype))",
+            "y = matmul(a, b, None if bias is None else cast(bias, a.dtype))",
             "y = matmul(a, b)",
         ),
         (
@@ -79,7 +79,7 @@ ATEN = mutants_of(
             "low-rank-mask-skipped-in-fp32",
             "the adapter's part of dx is not masked in fp32",
             "y[block].add_(part if d is None else part.mul_(_kept(block, y.shape[1], d)))",
-            "take = y[block].add_ if start else y[block].copy_",
+            "y[block].add_(part)",
         ),
         (
             "low-rank-block-overwritten-in-fp32",
@@ -114,8 +114,8 @@ ATEN = mutants_of(
         (
             "delta-rounded-before-an-fp32-base",
             "the adapter is rounded to 16 bit before it is added onto an fp32 base output",
-            "return matmul(a.to(acc), b.to(acc))",
-            "return matmul(a, b).to(acc)",
+            "return matmul(cast(a, acc), cast(b, acc))",
+            "return cast(matmul(a, b), acc)",
         ),
         (
             "shrink-rounded",
@@ -126,8 +126,8 @@ ATEN = mutants_of(
         (
             "reduce-rounded",
             "each block's part of dA and U is rounded to 16 bit",
-            "o += _matmul_unrounded(t[block].to(rows.dtype).mT, rows)",
-            "o += _matmul_unrounded(t[block].to(rows.dtype).mT, rows).to(big.dtype)",
+            "part = _matmul_unrounded(t[block].to(rows.dtype).mT, rows)",
+            "part = _matmul_unrounded(t[block].to(rows.dtype).mT, rows).to(big.dtype)",
         ),
         (
             "last-rows-lost",
@@ -162,26 +162,38 @@ ATEN = mutants_of(
         (
             "reduce-of-the-last-block",
             "dA and U of the last block of rows alone",
-            "o += _matmul_unrounded(",
-            "o[:] = _matmul_unrounded(",
+            "out[i] += part",
+            "out[i] = part",
         ),
         (
             "reduce-mask-skipped",
             "dA of the x that is not masked",
-            "_factor(big, block, d)\n            o +=",
-            "_factor(big, block)\n            o +=",
+            "_factor(big, block, d)\n            part = _matmul_unrounded(t[block]",
+            "_factor(big, block)\n            part = _matmul_unrounded(t[block]",
         ),
         (
             "reduce-one-mask-for-all",
             "the layers of a group share a mask in dA",
-            "_factor(big, block, d)\n            o +=",
-            "_factor(big, block, dropout[0])\n            o +=",
+            "_factor(big, block, d)\n            part = _matmul_unrounded(t[block]",
+            "_factor(big, block, dropout[0])\n            part = _matmul_unrounded(t[block]",
         ),
         (
             "reduce-not-cleared",
-            "dA and U are added to what the memory held",
-            "out = [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]",
-            "out = [big.new_empty(r, big.shape[1], dtype=acc) for r in ranks]",
+            "dA and U of no rows are what the memory held",
+            "return out or [big.new_zeros(r, big.shape[1], dtype=acc) for r in ranks]",
+            "return out or [big.new_empty(r, big.shape[1], dtype=acc) for r in ranks]",
+        ),
+        (
+            "reduce-without-the-first-block",
+            "dA and U lack the first block of rows",
+            "out.append(part)",
+            "out.append(part * 0)",
+        ),
+        (
+            "reduce-adds-to-another-layer",
+            "later blocks of every layer of a group are added to the first",
+            "out[i] += part",
+            "out[0] += part",
         ),
         (
             "outputs-share-memory",
@@ -221,48 +233,4 @@ ATEN = mutants_of(
         ),
     ],
     gpu=True,
-)
-
-ATEN += mutants_of(
-    "clora_kernels/kernels/cpu_matmul.py",
-    "cpu-matmul",
-    NUMBERS,
-    [
-        (
-            "bias-dropped",
-            "small products without the bias",
-            "return a @ b if bias is None else torch.addmm(bias, a, b)",
-            "return a @ b",
-        ),
-        (
-            "bias-dropped-by-onednn",
-            "large products without the bias",
-            "return linear(a, b.mT, bias, ",
-            "return linear(a, b.mT, None, ",
-        ),
-        (
-            "strided-bias-misread",
-            "a bias that is not contiguous is read as if it were",
-            "None if bias is None else bias.contiguous())",
-            "bias)",
-        ),
-        (
-            "bias-of-every-piece",
-            "a long sum gets the bias once for each of its pieces",
-            "None if start else bias,",
-            "bias,",
-        ),
-        (
-            "last-piece-alone",
-            "a long sum is that of its last piece",
-            "take = y[block].add_ if start else y[block].copy_",
-            "take = y[block].copy_",
-        ),
-        (
-            "other-dtypes-go-to-onednn",
-            "fp64 goes to a library that has no fp64",
-            "a.dtype == torch.float32",
-            "a.dtype.is_floating_point",
-        ),
-    ],
 )

@@ -5,13 +5,13 @@ from .mutant import mutants_of
 _FUNCTION = mutants_of(
     "clora_kernels/autograd/routed_lora/function.py",
     "function",
-    tuple(f"tests/test_routed_lora_{what}.py" for what in ("needs", "group", "options", "transforms")),
+    tuple(f"tests/test_routed_lora_{what}.py" for what in ("eager", "needs", "group", "options", "transforms")),
     [
         (
             "p-always-saved",
-            "p is saved where nothing reads it",
-            "ps = [p if need.of_p else p.new_empty(0) for",
-            "ps = [p for",
+            "p or q is saved where nothing reads it",
+            "[t if need.of_forward else t.new_empty(0) for t, need in",
+            "[t for t, need in",
         ),
         (
             "x-always-saved",
@@ -88,14 +88,32 @@ _FUNCTION = mutants_of(
         (
             "dtype-of-backward",
             "backward runs in the dtype of p",
-            "ctx.backend, ctx.dtype = plan, tuple(given), backend, x.dtype",
-            "ctx.backend, ctx.dtype = plan, tuple(given), backend, output[n].dtype",
+            "ctx.dtype, ctx.direct = plan, given, backend, x.dtype, direct",
+            "ctx.dtype, ctx.direct = plan, given, backend, output[n].dtype, direct",
         ),
         (
             "p-differentiable",
             "p passes for an output that can be differentiated",
             "    ctx.mark_non_differentiable(*output[n:])\n",
             "",
+        ),
+        (
+            "kept-of-another-layer",
+            "in a group backward reads what another layer kept",
+            "t, need in zip(output[n:], plan.needs",
+            "t, need in zip(output[n:][::-1], plan.needs",
+        ),
+        (
+            "base-output-saved",
+            "a base output is saved, which nothing reads",
+            "t.new_empty(0) if i in plan.base_outputs else t for i",
+            "t for i",
+        ),
+        (
+            "saves-y",
+            "y is saved in place of what is kept",
+            "t, need in zip(output[n:], plan.needs",
+            "t, need in zip(output[:n], plan.needs",
         ),
     ],
 )

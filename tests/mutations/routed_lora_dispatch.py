@@ -31,8 +31,8 @@ DISPATCH = mutants_of(
         (
             "fake-dtype-of-p",
             "the fake p has the dtype of x",
-            "dtype=accumulation_dtype(x.dtype)) for j in projections]",
-            "dtype=x.dtype) for j in projections]",
+            "dtype=acc if keeps_p(j) else x.dtype) for",
+            "dtype=x.dtype) for",
         ),
         (
             "fake-shape-of-p",
@@ -69,6 +69,36 @@ DISPATCH = mutants_of(
             "backend='reference' runs aten",
             'if backend == "reference":',
             'if backend == "plain":',
+        ),
+        (
+            "fake-dtype-of-q",
+            "the fake q has the dtype in which it is summed",
+            "dtype=acc if keeps_p(j) else x.dtype) for",
+            "dtype=acc) for",
+        ),
+        (
+            "backward-under-autocast",
+            "under autocast the sums of backward are cast down",
+            "    with without_autocast(dys[0].device.type):\n",
+            "    with nullcontext():\n",
+        ),
+        (
+            "forward-under-autocast",
+            "under autocast the sums of forward are cast down",
+            "    with without_autocast(x.device.type):\n",
+            "    with nullcontext():\n",
+        ),
+        (
+            "kept-lost",
+            "what is kept does not come back with the outputs",
+            "    return ys + kept\n",
+            "    return ys + [t * 0 for t in kept]\n",
+        ),
+        (
+            "gradients-with-gaps",
+            "gradients come back with other strides than the fake ones",
+            "dys[0].new_empty(0) if g is None else g.contiguous() for g",
+            "dys[0].new_empty(0) if g is None else g for g",
         ),
     ],
 ) + mutants_of(

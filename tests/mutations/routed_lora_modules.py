@@ -91,20 +91,32 @@ _LAYER = mutants_of(
         (
             "to-lora-transposed",
             "the transposed routing goes into lora_B",
-            "return self.lora_B @ total.mT",
-            "return self.lora_B @ total",
+            "return self.lora_B.to(total.dtype) @ total.mT",
+            "return self.lora_B.to(total.dtype) @ total",
         ),
         (
             "to-lora-without-frozen",
             "the frozen routing does not go into lora_B",
-            "else self.routing + self.frozen_routing",
-            "else self.routing + 0 * self.frozen_routing",
+            "else self.routing.to(acc) + self.frozen_routing",
+            "else self.routing.to(acc) + 0 * self.frozen_routing",
         ),
         (
             "to-lora-keeps-routing",
             "the routing stays beside the lora_B it went into",
             "        self.lora_B.copy_(self._routed_B(total))\n        self.routing = None\n",
             "        self.lora_B.copy_(self._routed_B(total))\n",
+        ),
+        (
+            "to-lora-rounds-the-sum",
+            "a 16-bit adapter's routings are rounded before they go into lora_B",
+            "acc = accumulation_dtype(self.lora_B.dtype)",
+            "acc = self.lora_B.dtype",
+        ),
+        (
+            "repr-of-a-scaling-that-learns",
+            "the repr of a layer warns of a scaling that learns",
+            "float(self.scaling.item() if isinstance(self.scaling, Tensor) else self.scaling)",
+            "float(self.scaling)",
         ),
     ],
 )
@@ -208,4 +220,51 @@ _ADAPTER = mutants_of(
     ],
 )
 
-MODULES = [*_LAYER, *_ADAPTER]
+_MERGEABLE, _RESTORABLE = "        layer.check_mergeable()\n", "        layer.check_restorable()\n"
+_EACH = "    for layer in layers.values():\n"
+
+_INJECT = mutants_of(
+    "clora_kernels/modules/inject.py",
+    "inject",
+    ("tests/test_inject.py", "tests/test_integrations_peft.py"),
+    [
+        (
+            "merge-all-in-part",
+            "layers are merged before one that cannot be",
+            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
+            _RESTORABLE + _EACH + "        layer.merge(",
+        ),
+        (
+            "merge-all-beside-one-that-is-gone",
+            "layers are merged before one whose weight is gone",
+            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
+            _MERGEABLE + _EACH + "        layer.merge(",
+        ),
+        (
+            "unmerge-all-in-part",
+            "layers are unmerged before one whose weight is gone",
+            _RESTORABLE + _EACH + "        layer.unmerge()\n    return list(layers)",
+            _MERGEABLE + _EACH + "        layer.unmerge()\n    return list(layers)",
+        ),
+        (
+            "merge-all-forgets-the-backup",
+            "merge_all keeps every backup on the device",
+            "layer.merge(backup=backup)",
+            "layer.merge()",
+        ),
+        (
+            "to-lora-in-part",
+            "routings are folded before a bank is met",
+            "        layer.check_mergeable()\n        layer.check_restorable()\n    state:",
+            "        layer.check_restorable()\n    state:",
+        ),
+        (
+            "to-lora-exchanges-the-factors",
+            "lora_A goes by the name of lora_B",
+            'lora_B.weight"] = lora_B.detach()',
+            'lora_B.weight"] = lora_A.detach()',
+        ),
+    ],
+)
+
+MODULES = [*_LAYER, *_ADAPTER, *_INJECT]

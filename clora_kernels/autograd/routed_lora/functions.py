@@ -202,14 +202,15 @@ def prepare(
     """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on);
     the draws of dropout are still to be made."""
     check_x(x)
-    dtype = _autocast_dtype(x)
-    x = x.to(dtype)
+    device_type = x.device.type
+    autocast = autocast_is_on(device_type)
+    x = _autocast(x, device_type) if autocast else x
     projections = []
     for i, a in enumerate(adapters):
         place = prefix.format(i)
         scaling = scaling_tensor(a.scaling, x, place)
         check_dropout(a.dropout_p, a.dropout_seed, x, place)
-        weight = a.weight.to(dtype) if a.weight is not None and autocast_is_on(x.device.type) else a.weight
+        weight = _autocast(a.weight, device_type) if autocast and a.weight is not None else a.weight
         j = Projection(
             weight=weight,
             lora_A=a.lora_A,
@@ -231,11 +232,9 @@ def prepare(
     return x, projections
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype F.linear would compute in: autocast leaves fp64 alone."""
-    if autocast_is_on(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def _autocast(t: Tensor, device_type: str) -> Tensor:
+    """What F.linear would compute with: autocast leaves fp64 alone."""
+    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device_type))
 
 
 def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:

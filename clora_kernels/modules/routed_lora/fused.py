@@ -41,22 +41,12 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
 
     @classmethod
     def from_linear(  # type: ignore[override]
-        cls,
-        linear: nn.Module,
-        r: int,
-        *,
-        slices: Sequence[tuple[int, int]],
-        routing: bool = True,
-        frozen_routing: bool = False,
-        scaling: float | nn.Parameter = 1.0,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        cls, linear: nn.Module, r: int, *, slices: Sequence[tuple[int, int]], **options: Any
     ) -> RoutedLoRAFusedLinear:
-        """As :meth:`RoutedLoRALinear.from_linear`, on these slices of its output."""
+        """As :meth:`RoutedLoRALinear.from_linear`, with its options, on these slices of the layer's output."""
         self = cls._around(linear)
         self._set_slices(slices, self.out_features)
-        self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
+        self._add_adapter(r, **options)
         return self
 
     def _set_slices(self, slices: Sequence[tuple[int, int]], out_features: int) -> None:
@@ -99,7 +89,7 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         return torch.cat(rows)
 
     def _routed_B(self, total: Tensor) -> Tensor:
-        return torch.cat([part @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
+        return torch.cat([part.to(R.dtype) @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
 
     def check_mergeable(self) -> None:
         """The leading dimension counts slices, not tasks: there is always one merged weight."""

@@ -13,6 +13,7 @@ from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES, check_dropout, scaling_tensor
 from ...dispatch.routed_lora import check_named_backend, choose
 from ...kernels.routed_lora.algebra import Projection
+from ...reference.routed_lora import accumulation_dtype
 from ..adapter import AdapterLinear, default_adapter_dtype
 
 
@@ -89,12 +90,12 @@ class RoutedLoRALinear(AdapterLinear):
     def _add_adapter(
         self,
         r: int,
-        routing: bool | int,
-        frozen_routing: bool,
-        scaling: float | nn.Parameter,
-        dropout_p: float,
-        adapter_dtype: torch.dtype | None,
-        backend: str,
+        routing: bool | int = True,
+        frozen_routing: bool = False,
+        scaling: float | nn.Parameter = 1.0,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
@@ -140,6 +141,10 @@ class RoutedLoRALinear(AdapterLinear):
     def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """lora_A ``[r, K]``, lora_B ``[N, r]``, routing and frozen_routing as the functions take them."""
         return self.lora_A, self.lora_B, self.routing, self.frozen_routing
+
+    def scaling_value(self) -> float:
+        """``scaling`` as a number; of one that learns, what it is now."""
+        return float(self.scaling.item() if isinstance(self.scaling, Tensor) else self.scaling)
 
     def forward(
         self,
@@ -199,7 +204,8 @@ class RoutedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def fold_routing(self) -> None:
-        """Make this an ordinary LoRA of the same rank: lora_B ← lora_B·(frozen_routing + routing)ᵀ, and no routing.
+        """Make this an ordinary LoRA of the same rank: lora_B ← lora_B·(frozen_routing + routing)ᵀ, rounded once,
+        and no routing.
 
         Raises:
             ValueError: a bank of routings.
@@ -208,13 +214,14 @@ class RoutedLoRALinear(AdapterLinear):
         if self.routing is None:
             return
         self.unmerge()
-        total = self.routing if self.frozen_routing is None else self.routing + self.frozen_routing
+        acc = accumulation_dtype(self.lora_B.dtype)
+        total = self.routing.to(acc) if self.frozen_routing is None else self.routing.to(acc) + self.frozen_routing
         self.lora_B.copy_(self._routed_B(total))
         self.routing = None
         self.frozen_routing = None
 
     def _routed_B(self, total: Tensor) -> Tensor:
-        return self.lora_B @ total.mT
+        return self.lora_B.to(total.dtype) @ total.mT
 
     def check_mergeable(self) -> None:
         if self.routing is not None and self.routing.dim() == 3:
@@ -225,7 +232,7 @@ class RoutedLoRALinear(AdapterLinear):
 
     def extra_repr(self) -> str:
         path = "merged" if self._merged else self._path()
-        scaling = f"{float(self.scaling):g}" if self.weight.device.type != "meta" else "?"
+        scaling = f"{self.scaling_value():g}" if self.weight.device.type != "meta" else "?"
         routing = "None" if self.routing is None else str(tuple(self.routing.shape))
         frozen = "" if self.frozen_routing is None else ", frozen_routing"
         return (
