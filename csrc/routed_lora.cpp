@@ -233,8 +233,8 @@ Tensor gradient_of_p(const Tensor& dy, const Tensor& lora_B, const Tensor& scale
   return rounded(shrink(dy, C, std::nullopt, std::nullopt), factor, dy);
 }
 
-// Its backward: mask ⊙ (g·Aᵀ), which is dx but for dy·Wᵀ, dA = gᵀ·drop(x) and dB = s·(qᵀ·dy)ᵀ, in fp32; where one is
-// not wanted, an empty tensor. x is read for dA, q for dB.
+// Its backward: mask ⊙ (g·Aᵀ), which is dx but for dy·Wᵀ, dA = gᵀ·drop(x) and dB = s·(qᵀ·dy)ᵀ, in fp32; where one
+// is not wanted, an empty tensor. x is read for dA, q for dB.
 std::tuple<Tensor, Tensor, Tensor> lay_down_backward(const Tensor& dy, const Tensor& x, const Tensor& q,
                                                      const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
                                                      const std::optional<Tensor>& seed,

@@ -128,8 +128,8 @@ CLORA_INLINE void product_of_rows(const float* dy, const Matrix<T>& weight, int6
   }
 }
 
-// sums [M][K] += dy [M][N] · weight [N, K] for columns begin .. end of K, kBlockColumns at most, a few rows of the weight
-// at a time, each read once and in the order of memory; weight has contiguous rows.
+// sums [M][K] += dy [M][N] · weight [N, K] for columns begin .. end of K, kBlockColumns at most, a few rows of the
+// weight at a time, each read once and in the order of memory; weight has contiguous rows.
 template <typename T, int64_t kM>
 CLORA_INLINE void product_columns(const float* dy, const Matrix<T>& weight, int64_t begin, int64_t end, float* sums) {
   constexpr int64_t kStep = 4;

@@ -114,7 +114,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, changed, message", CASES, ids=[f"{c[0]}-{'+'.join(c[1])}-{i}" for i, c in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "name, changed, message", CASES, ids=[f"{c[0]}-{'+'.join(c[1])}-{i}" for i, c in enumerate(CASES)]
+)
 def test_wrong_arguments_are_named(name, changed, message):
     before = Y.clone()
     with pytest.raises(RuntimeError, match=message):

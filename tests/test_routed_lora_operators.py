@@ -206,6 +206,31 @@ def test_inf_and_nan_reach_what_they_should_and_nothing_else(M, K, r, special):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_of_one_sign(dtype):
+    """In one chain of additions their rounding errors add up."""
+    a = torch.randn(9, 2048).abs().to(dtype)
+    proved(OPS.routed_lora_shrink(a, a[:1], *NO_MASK), lambda big, small: big @ small.mT, a, a[:1])
+    tall, zeros = a.mT.contiguous(), torch.zeros(2, 9)
+    proved(OPS.routed_lora_reduce(tall, tall, *NO_MASK), lambda small, big: small.mT @ big, tall, tall)
+    rows = OPS.routed_lora_few_rows(a[:2], tall, zeros)
+    proved(rows, lambda dy, weight, dx: dy @ weight + dx, a[:2], tall, zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_term_swallows_no_more_than_its_piece(dtype):
+    """2²⁴ + 1 is 2²⁴ in fp32, but not 2²⁴ + 128: of the ones only those in the chain of the large term are lost."""
+    ones, large = torch.ones(10, 4096, dtype=dtype), torch.ones(4096, dtype=dtype)
+    large[0] = 2**24
+    sums = [
+        OPS.routed_lora_shrink(large.expand(10, 4096), ones, *NO_MASK),
+        OPS.routed_lora_reduce(large[:, None], ones.mT, *NO_MASK),
+        OPS.routed_lora_few_rows(large[None], ones.mT.contiguous(), torch.zeros(1, 10)),
+    ]
+    for found in sums:
+        assert (found > 2**24 + 4096 - 1024 - 32).all(), found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_change_no_bit(dtype):
     M, K, r = 301, 1030, 24
     big, small, other, C = (torch.randn(s).to(dtype) for s in ((M, K), (r, K), (M, r), (r, K)))

@@ -13,6 +13,7 @@ from .routed_lora_banks import BANKS
 from .routed_lora_dispatch import DISPATCH
 from .routed_lora_eager import EAGER
 from .routed_lora_modules import MODULES
+from .routed_lora_native import NATIVE
 from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
 
@@ -30,6 +31,7 @@ MUTANTS: list[Mutant] = [
     *EAGER,
     *ARGUMENTS,
     *MODULES,
+    *NATIVE,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

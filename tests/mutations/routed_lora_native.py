@@ -1,0 +1,261 @@
+"""Mutants of the compiled CPU path of routed LoRA: its C++, its wrappers, the plain layer, the rule that takes it."""
+
+from .mutant import mutants_of
+
+_OPERATORS = ("tests/test_routed_lora_operators.py", "tests/test_routed_lora_operator_errors.py")
+_LAYER = ("tests/test_routed_lora_native.py", "tests/test_report.py")
+
+_BLOCKS = mutants_of(
+    "csrc/routed_lora_blocks.h",
+    "native",
+    _OPERATORS,
+    [
+        (
+            "first-row-ignored",
+            "every mask begins at row 0",
+            "(mask.first_row + row) * mask.groups_per_row",
+            "row * mask.groups_per_row",
+        ),
+        (
+            "mask-of-the-first-block",
+            "every block of columns has the mask of the first",
+            "mask.groups_per_row + column / kGroup);",
+            "mask.groups_per_row);",
+        ),
+        (
+            "mask-tail-lost",
+            "the last group of a row is not drawn",
+            "(count + kGroup - 1) / kGroup;",
+            "count / kGroup;",
+        ),
+        (
+            "columns-taken-for-contiguous",
+            "a strided row is read as if it had no gaps",
+            "T::from(source[k * big.column_stride]);",
+            "T::from(source[k]);",
+        ),
+        (
+            "second-tile-lost",
+            "ranks beyond 16 are those of the first tile",
+            "(j / kWidth * kRows + i) * kWidth",
+            "i * kWidth",
+        ),
+        ("piece-repeated", "each piece meets the first factors", "factors + k * kWidth, kWidth", "factors, kWidth"),
+        ("one-chain", "long sums are one chain of additions", "kLongestChain = 128;", "kLongestChain = 1 << 20;"),
+        ("sums-counted-twice", "a sum is not empty after it was moved", "    sums[i] = 0.0f;\n", ""),
+        (
+            "last-piece-lost",
+            "the last rows of reduce do not count",
+            "    move_to(total, sums);\n    for (int64_t rank",
+            "    for (int64_t rank",
+        ),
+        ("accumulate-ignored", "y is overwritten", "s.accumulate, width, y.data", "false, width, y.data"),
+        (
+            "expand-drops-nothing",
+            "expand has no mask",
+            "        drop(mask, first + i, column, width, sums[i]);\n",
+            "",
+        ),
+        (
+            "gaps-between-rows-ignored",
+            "y is written as if its rows had no gaps",
+            "(first + i) * y.row_stride + column);",
+            "(first + i) * y.columns + column);",
+        ),
+    ],
+)
+
+_FEW_ROWS = mutants_of(
+    "csrc/routed_lora_few_rows.h",
+    "native",
+    _OPERATORS,
+    [
+        (
+            "dot-tail-lost",
+            "the last columns of a dot product do not count",
+            "for (int64_t i = k; i < K; ++i) sum +=",
+            "for (int64_t i = K; i < K; ++i) sum +=",
+        ),
+        (
+            "pack-untransposed",
+            "rows of any stride are packed as columns",
+            "if (small.row_stride == 1) {",
+            "if (true) {",
+        ),
+        ("scale-dropped", "fold does not scale", "scale * source[j];", "source[j];"),
+        (
+            "product-tail-lost",
+            "the last columns of the weight do not count",
+            "for (int64_t k = whole; k < width; ++k)",
+            "for (int64_t k = width; k < width; ++k)",
+        ),
+        (
+            "product-of-the-first-block",
+            "every block of columns reads the first of the weight",
+            "weight.row_stride + begin;",
+            "weight.row_stride;",
+        ),
+    ],
+)
+
+_ROUNDING = mutants_of(
+    "csrc/simd.h",
+    "native",
+    _OPERATORS,
+    [
+        ("ties-away", "ties round away from zero", "0x7FFFu + (bits >> 16 & 1u)", "0x8000u"),
+        ("nan-rounded", "a NaN may round to Inf", "? (bits >> 16 | 0x40u) : rounded", "? rounded : rounded"),
+    ],
+)
+
+_OPERATOR = mutants_of(
+    "csrc/routed_lora.cpp",
+    "native",
+    _OPERATORS,
+    [
+        (
+            "few-rows-drop-nothing",
+            "shrink of few rows has no mask",
+            'widened(big, "big", K, mask)',
+            'widened(big, "big", K)',
+        ),
+        (
+            "kept-value-forgotten",
+            "q counts what is kept once",
+            "rounded(p, kept_value(threshold), x)",
+            "rounded(p, 1.0f, x)",
+        ),
+        (
+            "waiting-scale-forgotten",
+            "in fp32 g is not scaled",
+            "waits ? kept * *scale.const_data_ptr<float>() : kept;",
+            "kept;",
+        ),
+        ("nine-rows-pass", "nine rows are taken for eight", "M <= kFewRows,", "M <= kFewRows + 1,"),
+        ("overlap-passes", "rows of y may overlap", "y.stride(0) >= N,", "y.stride(0) >= 0,"),
+    ],
+)
+
+_WRAPPERS = mutants_of(
+    "clora_kernels/kernels/routed_lora/compiled.py",
+    "compiled",
+    ("tests/test_routed_lora_operator_errors.py", *_LAYER),
+    [
+        (
+            "takes-fp64",
+            "it is said to take fp64",
+            "return dtype != torch.float64 and extension",
+            "return extension",
+        ),
+        ("row-0", "expand masks from row 0 on", "first_row, accumulate)\n    return y", "0, accumulate)\n    return y"),
+        (
+            "never-accumulates",
+            "expand overwrites y",
+            "first_row, accumulate)\n    return y",
+            "first_row, False)\n    return y",
+        ),
+        ("drops-nothing", "no draw reaches an operator", "(None, None) if dropout is None", "(None, None) if True"),
+        ("folds-strided", "fold is said to take any strides", "        and small.stride(1) == 1\n", ""),
+        (
+            "fake-transposed",
+            "the fake C is transposed",
+            "like.new_empty(small.shape[1], small.shape[0])",
+            "like.new_empty(small.shape[0], small.shape[1])",
+        ),
+    ],
+)
+
+_PLAIN_LAYER = mutants_of(
+    "clora_kernels/kernels/routed_lora/layer.py",
+    "layer",
+    _LAYER,
+    [
+        ("takes-a-group", "of a group the first is computed", "if len(projections) > 1:", "if len(projections) > 9:"),
+        ("takes-a-gate", "a gate is forgotten", '("routing", "gate")', '("routing",)'),
+        (
+            "takes-any-strides",
+            "an adapter with gaps is not left to others",
+            "t.dtype == torch.float32 and t.is_contiguous()",
+            "t.dtype == torch.float32",
+        ),
+        (
+            "takes-any-scaling",
+            "an fp64 scaling is not left to others",
+            'j.scaling.dtype != torch.float32 or j.scaling.device.type != "cpu"',
+            'j.scaling.device.type != "cpu"',
+        ),
+        ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
+        ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),
+        (
+            "few-rows-of-any-weight",
+            "a transposed weight is packed for few rows",
+            ".get(x.dtype, ()) and j.weight.stride(1) == 1:",
+            ".get(x.dtype, ()):",
+        ),
+        ("dscaling-without-B", "the gradient of scaling forgets B", ".mT * j.lora_B).sum()", ".mT).sum()"),
+        ("dbias-rounded", "the bias gradient is rounded to x.dtype", "dy.sum(0, dtype=torch.float32)", "dy.sum(0)"),
+    ],
+)
+
+_RULE = mutants_of(
+    "clora_kernels/dispatch/routed_lora.py",
+    "dispatch-native",
+    _LAYER,
+    [
+        ("never-by-itself", "auto never takes it", 'if backend in ("auto", "native"):', 'if backend == "native":'),
+        (
+            "for-any-work",
+            "auto takes it for any work",
+            "layer.has_little_work(math.prod(x.shape[:-1]), projections[0])",
+            "True",
+        ),
+        (
+            "not-refused",
+            "named it falls back in silence",
+            'if backend == "native" and why_not:',
+            'if backend == "natively" and why_not:',
+        ),
+        (
+            "reason",
+            "auto's choice is said to be the caller's",
+            'named if backend == chosen else "a plain layer with little to compute"',
+            "named",
+        ),
+    ],
+)
+
+_SHORTCUTS = mutants_of(
+    "clora_kernels/autograd/routed_lora/arguments.py",
+    "shortcuts",
+    ("tests/test_routed_lora_shortcuts.py",),
+    [
+        (
+            "inference-kept",
+            "a scalar of inference mode is kept",
+            "torch.inference_mode(False), torch._C.DisableTorchFunction()",
+            "torch._C.DisableTorchFunction()",
+        ),
+        (
+            "mode-kept",
+            "what a mode made is kept",
+            "torch.inference_mode(False), torch._C.DisableTorchFunction()",
+            "torch.inference_mode(False)",
+        ),
+        (
+            "fake-kept",
+            "a fake scalar is kept",
+            "if traced or not isinstance(value, (float, int)):",
+            "if not isinstance(value, (float, int)):",
+        ),
+        ("rank-0-passes", "rank 0 passes at a glance", "        and r > 0\n", ""),
+        ("dtype-passes", "a weight of another dtype passes at a glance", "        and W.dtype == x.dtype\n", ""),
+        (
+            "frozen-passes",
+            "a frozen routing without routing passes at a glance",
+            "if not (j.routing is j.frozen_routing is j.routing_index",
+            "if not (j.routing is j.routing_index",
+        ),
+    ],
+)
+
+NATIVE = [*_BLOCKS, *_FEW_ROWS, *_ROUNDING, *_OPERATOR, *_WRAPPERS, *_PLAIN_LAYER, *_RULE, *_SHORTCUTS]

@@ -1,0 +1,167 @@
+"""What is kept or skipped to save time changes nothing: scalars that are made once, checks that pass at a glance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from clora_kernels import routed_lora_linear
+from clora_kernels.autograd.routed_lora import arguments
+from clora_kernels.kernels.routed_lora.algebra import Projection
+from clora_kernels.reference.routed_lora_samples import make_inputs
+from clora_kernels.testing import assert_parity
+
+X = torch.empty(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    arguments._kept_scalar.cache_clear()
+
+
+def is_plain(t, value):
+    return (
+        type(t) is torch.Tensor
+        and t.device.type == "cpu"
+        and (t.dtype, t.dim()) == (torch.float32, 0)
+        and not t.is_inference()
+        and not t.requires_grad
+        and t.item() == torch.tensor(value, dtype=torch.float32).item()
+    )
+
+
+class Other(torch.overrides.TorchFunctionMode):
+    """A mode that makes something else of every tensor."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out + 1 if function is torch.full else out
+
+
+CONTEXTS = {
+    "inference": torch.inference_mode,
+    "fake": FakeTensorMode,
+    "meta": lambda: torch.device("meta"),
+    "no_grad": torch.no_grad,
+    "another mode": Other,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_first_used_anywhere_a_scalar_is_right_afterwards(context):
+    with CONTEXTS[context]():
+        first = arguments.scaling_tensor(1.7, X)
+        arguments.dropout_tensors(0.5, torch.tensor(3), True, X)
+    assert isinstance(first, FakeTensor) == (context == "fake")
+    assert is_plain(arguments.scaling_tensor(1.7, X), 1.7)
+    assert arguments.dropout_tensors(0.5, torch.tensor(3), True, X)[1].item() == 32768
+
+
+@pytest.mark.parametrize("context", ["inference", "meta", "no_grad", "another mode"])
+def test_first_called_anywhere_a_layer_learns_afterwards(context):
+    inputs = make_inputs(routing=False, scaling=1.7, dropout_p=0.25)
+    with CONTEXTS[context]():
+        routed_lora_linear(**inputs)
+    dy = torch.randn(3, 7, 29)
+    assert_parity(routed_lora_linear, inputs, dy=dy)
+
+
+def test_first_used_under_transforms_a_scalar_is_right_afterwards():
+    inputs = make_inputs(routing=False, scaling=1.7)
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.vjp(f, x)[0]):
+        transform(lambda x: routed_lora_linear(**{**inputs, "x": x}).sum())(inputs["x"])
+        assert is_plain(arguments.scaling_tensor(1.7, inputs["x"]), 1.7)
+    torch.func.vmap(lambda x: x * arguments.scaling_tensor(1.9, X))(torch.ones(3))
+    assert is_plain(arguments.scaling_tensor(1.9, X), 1.9)
+    assert_parity(routed_lora_linear, inputs, dy=torch.randn(3, 7, 29))
+
+
+def test_a_scalar_is_made_once_for_a_value_and_a_dtype():
+    assert arguments.scaling_tensor(1.7, X) is arguments.scaling_tensor(1.7, X)
+    wide = arguments.scaling_tensor(1.7, X.double())
+    assert wide.dtype == torch.float64 and wide.item() == 1.7
+
+
+@pytest.mark.parametrize("order", [(1, 1.0), (1.0, 1), (32768, 32768.0), (0, -0.0), (0.0, -0.0)])
+def test_equal_numbers_of_other_types_share_a_scalar_and_lose_nothing(order):
+    """Equal keys mean equal values: the dtype is that of the key, whichever number came first."""
+    for value in order:
+        for x, dtype in ((X, torch.float32), (X.double(), torch.float64)):
+            t = arguments.scaling_tensor(value, x)
+            assert t.dtype == dtype and t.item() == value
+        assert arguments._scalar(value, torch.int64, X.device).dtype == torch.int64
+
+
+@pytest.mark.parametrize("value", [True, False, None, "1", 1j])
+def test_what_is_no_number_is_refused_though_it_equals_one(value):
+    arguments.scaling_tensor(1.0, X), arguments.scaling_tensor(0.0, X)
+    with pytest.raises(TypeError, match="scaling: got"):
+        arguments.scaling_tensor(value, X)
+
+
+def test_numbers_of_all_kinds():
+    import numpy as np
+
+    for value in (np.float32(0.3), np.float64(0.3), np.int64(3), math.inf, 2**40):
+        assert is_plain(arguments.scaling_tensor(value, X), float(value))
+    for _ in range(2):  # NaN is a key that equals no other
+        assert math.isnan(arguments.scaling_tensor(float("nan"), X).item())
+
+
+def test_a_symbol_is_not_kept():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x = mode.from_tensor(torch.empty(5, 3), static_shapes=False)
+    assert isinstance(x.shape[0], torch.SymInt)
+    with mode:
+        arguments.scaling_tensor(x.shape[0] * 0.5, X)
+    arguments.scaling_tensor(x.shape[0], X)  # outside of the mode, too, it comes through
+    assert arguments._kept_scalar.cache_info().currsize == 0
+
+
+# A plain layer with one or two things changed, which may or may not make it wrong.
+SHAPES = st.sampled_from(
+    [(), (1,), (2,), (3,), (6,), (2, 3), (3, 2), (6, 2), (6, 3), (2, 6), (0, 3), (6, 0), (2, 3, 1)]
+)
+TENSORS = st.builds(
+    lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
+    SHAPES,
+    st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.complex64]),
+    st.sampled_from(["cpu", "cpu", "cpu", "meta"]),
+)
+FIELDS = ("weight", "lora_A", "lora_B", "routing", "frozen_routing", "routing_index", "gate", "bias", "base_output")
+CHANGES = st.dictionaries(st.sampled_from(FIELDS), st.one_of(st.none(), TENSORS, st.just(1.0)), max_size=3)
+
+
+@settings(max_examples=600)
+@given(
+    changes=CHANGES,
+    lead=st.sampled_from([(), (4,), (0,), (2, 2)]),
+    K=st.sampled_from([0, 3, 3, 3]),
+    x_meta=st.booleans(),
+)
+def test_what_passes_at_a_glance_passes_every_check(changes, lead, K, x_meta):
+    device = "meta" if x_meta and K else "cpu"
+    plain = {"weight": torch.empty(6, K), "lora_A": torch.empty(2, K), "lora_B": torch.empty(6, 2)}
+    plain = {name: t.to(device) for name, t in plain.items()}
+    rest = dict.fromkeys(("routing", "frozen_routing", "routing_index", "gate", "bias", "base_output"))
+    j = Projection(**{**plain, **rest, **changes}, scaling=torch.ones(()), seed=None, threshold=None)
+    x = torch.empty(*lead, K, device=device)
+    passes = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "_is_right", lambda x, j: False)
+        try:
+            arguments.check_projection(x, j)
+        except (TypeError, ValueError):
+            passes = False
+    glance = arguments._is_right(x, j)
+    assert not glance or passes
+    options = (j.routing, j.frozen_routing, j.routing_index, j.gate, j.base_output)
+    if all(t is None for t in options) and j.weight is not None:
+        assert glance == passes, "nor does it leave anything to the slow checks"
