@@ -21,30 +21,7 @@
 namespace clora_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
-
-template <typename T>
-Matrix<T> matrix(const Tensor& t) {
-  return {static_cast<typename T::Storage*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
-// Calls `body` with the element type of `t`.
-template <typename Body>
-void with_type(const Tensor& t, const char* name, Body body) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return body(Float32{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    case ScalarType::Half:
-      return body(Float16{});
-    default:
-      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
-  }
-}
 
 void check_matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim());

@@ -3,7 +3,7 @@
 from .mutant import mutants_of
 
 _OPERATORS = ("tests/test_routed_lora_operators.py", "tests/test_routed_lora_operator_errors.py")
-_LAYER = ("tests/test_routed_lora_native.py", "tests/test_report.py")
+_LAYER = ("tests/test_routed_lora_native*.py", "tests/test_report.py")
 
 _BLOCKS = mutants_of(
     "csrc/routed_lora_blocks.h",
