@@ -9,6 +9,7 @@ projection; one that is not wanted is an empty tensor.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -25,23 +26,36 @@ from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend
 
-MISSING = {
-    "triton": "this version has no Triton kernels for it; use 'auto' or 'aten'",
-    "native": "it has no C++ kernel; use 'auto' or 'aten'",
-}
-_PRIMITIVES: dict[str, Primitives] = {"aten": aten}
+MISSING = {"native": "it has no C++ kernel; use 'auto' or 'aten'"}
+
+
+def _primitives(backend: str) -> Primitives:
+    """The module of a backend that was chosen; Triton is imported where it runs."""
+    if backend == "triton":
+        from ..kernels.routed_lora import triton
+
+        return triton
+    return aten
 
 
 def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is proved on every device."""
+    """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is measured, and proved on
+    every device. It will be ``triton`` where a table of tiles says that it wins; none ships."""
     rule = _rule if torch.compiler.is_compiling() else _cached_rule
-    return rule(dtype, device.type, has_base_output, backend)
+    return rule(dtype, device.type, device.index, has_base_output, backend)
 
 
-def _rule(dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
-    check_backend("routed_lora", backend, MISSING)
+def _rule(
+    dtype: torch.dtype, device_type: str, device_index: int | None, has_base_output: bool, backend: str
+) -> Choice:
+    missing = MISSING
+    if backend == "triton" and (reason := why_not_triton(dtype, device_type, device_index)):
+        missing = {**MISSING, "triton": f"{reason}; use 'auto' or 'aten'"}
+    check_backend("routed_lora", backend, missing)
     if backend == "reference":
         return Choice("reference", "plain PyTorch", "named by the caller; differentiable twice, slower, more memory")
+    if backend == "triton":
+        return Choice("triton", "fused kernels, low-rank term and frozen matmul in one fp32 sum", "named by the caller")
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
@@ -53,6 +67,33 @@ def _rule(dtype: torch.dtype, device_type: str, has_base_output: bool, backend: 
 
 
 _cached_rule = cache(_rule)  # Dynamo traces no cache
+
+
+def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
+    """Why the Triton kernels cannot run such a tensor; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "its kernels sum in fp32, and the tensors are fp64"
+    if device_type == "cpu":
+        return "" if _interprets() else "its kernels run on a GPU (on the CPU only under TRITON_INTERPRET=1)"
+    if device_type != "cuda" or torch.version.hip:
+        return f"its kernels run on NVIDIA GPUs, and the tensors are on {'rocm' if torch.version.hip else device_type}"
+    if _interprets():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return "" if major >= 8 else f"its kernels need compute capability 8.0, and the GPU has {major}.{minor}"
+
+
+# What it asks for does not change while a process runs, and Dynamo cannot trace all of it.
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _interprets() -> bool:
+    """Whether kernels are decorated for Triton's interpreter."""
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
@@ -106,7 +147,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
     """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
     with without_autocast(x.device.type):
-        ys, kept = forward(_PRIMITIVES[backend], x, [_in_bounds(j) for j in projections])
+        ys, kept = forward(_primitives(backend), x, [_in_bounds(j) for j in projections])
     return ys + kept
 
 
@@ -123,7 +164,7 @@ def run_backward(
     """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
     with without_autocast(dys[0].device.type):
         bounded = [_in_bounds(j) for j in projections]
-        dx, of_projections = backward(_PRIMITIVES[backend], dys, x, bounded, kept, need_x, needs, dtype)
+        dx, of_projections = backward(_primitives(backend), dys, x, bounded, kept, need_x, needs, dtype)
     return [dx] + [g for of_one in of_projections for g in of_one]
 
 

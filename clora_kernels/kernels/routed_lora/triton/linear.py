@@ -1,0 +1,123 @@
+"""``linear``: the large output, frozen products and low-rank terms in one fp32 sum that is rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..algebra import Dropout
+from .common import block_of_rank, capability, on_device_of, precision, programs, scalar_on
+from .linear_kernels import linear_kernel, linear_tma_kernel
+from .tiles import INTERPRETER, LinearTile, key_of, look_up
+
+MOST_DESCRIBED = 3
+"""Products the kernel with descriptors takes: those of q, k and v."""
+
+Products = list[tuple[Tensor, Tensor]]
+LowRank = list[tuple[Tensor, Tensor, Dropout | None]]
+
+
+def linear(
+    products: Products, low_rank: LowRank, bias: Tensor | None = None, base_output: Tensor | None = None
+) -> Tensor:
+    """Σ a_i·b_i + Σ mask_j ⊙ (q_j·C_j) + bias + base_output [M, N], in base_output's dtype or that of the operands.
+
+    a [M, K], b [K, N], q [M, r] and C [r, N] of one dtype, any strides; bias [N] and base_output [M, N] of any. The sum
+    is fp32 throughout. No scratch. From compute capability 9.0 on tiles come and go by TMA where layout and alignment
+    allow it (see ``described``), elsewhere by pointers.
+    """
+    q, C, _ = low_rank[0]
+    M, N = q.shape[0], C.shape[1]
+    y = torch.empty((M, N), dtype=q.dtype if base_output is None else base_output.dtype, device=q.device)
+    if y.numel():
+        with on_device_of(q):
+            _launch(products, low_rank, bias, base_output, y)
+    return y
+
+
+def _launch(
+    products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor
+) -> None:
+    (M, N), q = y.shape, low_rank[0][0]
+    r = max(C.shape[0] for _, C, _ in low_rank)
+    masked = any(d is not None for _, _, d in low_rank)
+    K = max([b.shape[0] for _, b in products], default=0)
+    kind = capability(y)
+    tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, masked))
+    block_r = block_of_rank(r, 64)
+    shared = dict(
+        TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
+        FLATTEN=tile.flatten, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    grid = (min(programs(y), triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)),)
+    epilogue = (
+        bias, 0 if bias is None else bias.stride(0), base_output, *((0, 0) if base_output is None else base_output.stride()),
+    )  # fmt: skip
+    terms = _terms(low_rank, y.device)
+    if kind in TMA_CLASSES and (operands := described(products, y, tile)) is not None:
+        descriptors, transposed = operands
+        depths = [b.shape[0] for _, b in products] + [0] * (MOST_DESCRIBED - len(products))
+        linear_tma_kernel[grid](
+            *descriptors, *depths, *terms, *epilogue, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
+        )
+        return
+    linear_kernel[grid](
+        tuple(a for a, _ in products), tuple(a.stride(0) for a, _ in products), tuple(a.stride(1) for a, _ in products),
+        tuple(b for _, b in products), tuple(b.stride(0) for _, b in products), tuple(b.stride(1) for _, b in products),
+        tuple(b.shape[0] for _, b in products), *terms, *epilogue, y, M, N, PRODUCTS=len(products), **shared,
+    )  # fmt: skip
+
+
+TMA_CLASSES = {90, INTERPRETER}
+"""Classes of compute capability whose tiles come by TMA; the interpreter plays it."""
+
+
+def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:
+    """The low-rank terms as the kernels take them, a tuple for each kind of argument."""
+    dropout = [d for _, _, d in low_rank]
+    return (
+        tuple(q for q, _, _ in low_rank),
+        tuple(q.stride(0) for q, _, _ in low_rank),
+        tuple(q.stride(1) for q, _, _ in low_rank),
+        tuple(C for _, C, _ in low_rank),
+        tuple(C.stride(0) for _, C, _ in low_rank),
+        tuple(C.stride(1) for _, C, _ in low_rank),
+        tuple(C.shape[0] for _, C, _ in low_rank),
+        tuple(None if d is None else d.seed for d in dropout),
+        tuple(None if d is None else scalar_on(device, d.threshold) for d in dropout),
+    )
+
+
+def described(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], bool] | None:
+    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y, and whether each b is read as [N, K]
+    and transposed; None if TMA cannot take them.
+
+    TMA wants the last stride to be 1 and the base and every other stride a multiple of 16 bytes: a row-major, every b
+    laid out like the first.
+    """
+    if not 1 <= len(products) <= MOST_DESCRIBED or not (_is_described(y) and y.dtype == products[0][0].dtype):
+        return None
+    transposed = products[0][1].stride(1) != 1
+    found = []
+    for a, b in products:
+        rows = b.mT if transposed else b
+        if not (_is_described(a) and _is_described(rows)):
+            return None
+        block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(rows, block)]
+    found += found[-2:] * (MOST_DESCRIBED - len(products))
+    return [*found, _descriptor(y, [tile.block_m, tile.block_n])], transposed
+
+
+def _is_described(t: Tensor) -> bool:
+    size, row = t.element_size(), t.stride(0)
+    return t.numel() > 0 and t.stride(1) == 1 and row >= t.shape[1] and row * size % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, [*t.shape], [*t.stride()], block)

@@ -1,0 +1,131 @@
+"""The sizes the kernels run with: conservative defaults, and a table that may know better.
+
+A look-up depends on the dtype, the class of compute capability, the sizes of the layer and the *bucket* of M, never on M
+itself. The defaults are those that compile without spilling on every architecture they are for; none is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+INTERPRETER = 0
+"""The capability class of Triton's interpreter: small tiles, so that small tensors have several."""
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """``linear``: y in blocks [block_m, block_n], group_m blocks of rows a group; flatten: the loops over tiles and K
+    made one, so that loads run ahead over the end of a tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+    flatten: bool = False
+
+
+@dataclass(frozen=True)
+class ShrinkTile:
+    """``shrink``: rows in blocks of block_m, the inner dimension in blocks of block_k, split ``most_splits`` times at
+    most."""
+
+    block_m: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    most_splits: int = 16
+
+
+@dataclass(frozen=True)
+class ReduceTile:
+    """``reduce``: columns in blocks of block_k, rows in steps of block_m, split ``most_splits`` times at most."""
+
+    block_m: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    most_splits: int = 32
+
+
+Tile = LinearTile | ShrinkTile | ReduceTile
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a table is asked: M in buckets of powers of two, the dtype by its name in Triton."""
+
+    op: str
+    capability: int
+    dtype: str
+    N: int
+    K: int
+    r: int
+    bucket: int
+    dropout: bool = False
+
+
+Table = Mapping[Key, Tile]
+
+TABLE: Table = {}
+"""Tiles measured to be better than the defaults; none ships yet."""
+
+
+def bucket(M: int) -> int:
+    """0 up to 16 rows, then one bucket for every doubling, up to 10 for more than 8192."""
+    return min(max((M - 1).bit_length() - 4, 0), 10) if M > 0 else 0
+
+
+def look_up(key: Key, table: Table | None = None) -> Any:
+    """The tile for ``key``: of the table, else the default."""
+    found = (TABLE if table is None else table).get(key)
+    return default(key) if found is None else found
+
+
+def default(key: Key) -> Tile:
+    """The conservative tile of an op."""
+    return {"linear": _linear, "shrink": _shrink, "reduce": _reduce}[key.op](key)
+
+
+def _linear(key: Key) -> LinearTile:
+    if key.capability == INTERPRETER:
+        return LinearTile(16, 16, 16, group_m=2)
+    few_rows = key.bucket <= 2
+    if key.dtype == "fp32":
+        return LinearTile(64, 64, 32, num_warps=8 if key.dropout else 4)
+    if few_rows:
+        return LinearTile(64, 128, 64, num_warps=4, num_stages=4)
+    if key.capability >= 90:
+        return LinearTile(128, 256, 64, num_warps=8, num_stages=3)
+    return LinearTile(128, 128, 32, num_warps=8 if key.dropout else 4, num_stages=4)
+
+
+def _shrink(key: Key) -> ShrinkTile:
+    if key.capability == INTERPRETER:
+        return ShrinkTile(16, 16)
+    if key.dtype == "fp32":
+        return ShrinkTile(32, 32, num_warps=4 if key.r <= 64 else 8)
+    return ShrinkTile(64, 64 if key.r <= 64 else 32, num_warps=4 if key.r <= 64 else 8)
+
+
+def _reduce(key: Key) -> ReduceTile:
+    if key.capability == INTERPRETER:
+        return ReduceTile(16, 16)
+    if key.dtype == "fp32":
+        return ReduceTile(32, 32, num_warps=4 if key.r <= 64 else 8)
+    return ReduceTile(64 if key.r <= 64 else 32, 64, num_warps=4 if key.r <= 64 else 8)
+
+
+def key_of(
+    op: str, capability: int, dtype: torch.dtype, M: int, N: int, K: int, r: int, dropout: bool = False
+) -> Key:
+    """The key of a call."""
+    return Key(op, capability, _NAMES[dtype], N, K, r, bucket(M), dropout)
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
