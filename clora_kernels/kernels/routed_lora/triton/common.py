@@ -25,11 +25,19 @@ T = TypeVar("T")
 
 
 @triton.jit
+def widened(value):
+    """``value`` in fp32. The interpreter makes 2**-126 of a zero in bf16, so there its bits are moved."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in fp32. The interpreter multiplies the bit patterns of bf16, so there operands are converted first."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        a, b = widened(a), widened(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -38,7 +46,7 @@ def rounded(value, dtype: tl.constexpr):
     """``value`` in ``dtype``, to nearest even. The interpreter cuts off what bf16 cannot hold, so there it is rounded
     by its bits first."""
     if INTERPRETED and dtype == tl.bfloat16:
-        value = value.to(tl.float32)
+        value = widened(value)
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, nearest, value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, kept, load_threshold, load_tile, rounded, store_tile
+from .common import dot, kept, load_threshold, load_tile, rounded, store_tile, widened
 
 
 @triton.jit
@@ -58,9 +58,13 @@ def add_outer(
     """acc + bias + base_output, each where it is there."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)  # [BLOCK_N]
-        acc += bias.to(tl.float32)[None, :]
+        acc += widened(bias)[None, :]
     if base_ptr is not None:
-        acc = acc + load_tile(base_ptr, stride_base_m, stride_base_n, offs_m, offs_n, offs_m < M, offs_n < N)
+        base = load_tile(base_ptr, stride_base_m, stride_base_n, offs_m, offs_n, offs_m < M, offs_n < N)
+        if base.dtype == tl.float64:
+            acc = acc + base  # [BLOCK_M, BLOCK_N], y is fp64 too
+        else:
+            acc += widened(base)
     return acc
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..algebra import Needs, Packed, Projection
-from .common import block_of_rank, dot, load_tile, on_device_of, rounded, scalar_on, store_tile
+from .common import block_of_rank, dot, load_tile, on_device_of, rounded, scalar_on, store_tile, widened
 
 BLOCK = 64
 """Columns a program works on, and steps of the sum over N of dR."""
@@ -28,10 +28,10 @@ def load_routing(
     if IDENTITY:
         live = (offs_i[:, None] == offs_j[None, :]).to(tl.float32)
     else:
-        live = load_tile(routing_ptr, stride_ti, stride_tj, offs_i, offs_j, mask_i, mask_j).to(tl.float32)
+        live = widened(load_tile(routing_ptr, stride_ti, stride_tj, offs_i, offs_j, mask_i, mask_j))
     total = live
     if FROZEN:
-        total += load_tile(frozen_ptr, stride_fi, stride_fj, offs_i, offs_j, mask_i, mask_j).to(tl.float32)
+        total += widened(load_tile(frozen_ptr, stride_fi, stride_fj, offs_i, offs_j, mask_i, mask_j))
     return total, live
 
 
@@ -54,10 +54,10 @@ def pack_kernel(
     else:
         offs_n = (pid - tiles_of_A) * BLOCK + tl.arange(0, BLOCK)
         mask_n = offs_n < N
-        scaling = tl.load(scaling_ptr).to(tl.float32)
+        scaling = widened(tl.load(scaling_ptr))
         if IDENTITY:
             b = load_tile(lora_B_ptr, stride_br, stride_bn, offs_i, offs_n, mask_i, mask_n)  # [BLOCK_R, BLOCK]
-            store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, b.to(tl.float32) * scaling)
+            store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, widened(b) * scaling)
         else:
             C = tl.zeros((BLOCK_R, BLOCK), tl.float32)
             C_live = tl.zeros((BLOCK_R, BLOCK), tl.float32)
@@ -68,7 +68,7 @@ def pack_kernel(
                     routing_ptr, stride_ti, stride_tj, frozen_ptr, stride_fi, stride_fj,
                     offs_i, offs_j, mask_i, mask_j, False, FROZEN,
                 )  # fmt: skip
-                b = load_tile(lora_B_ptr, stride_br, stride_bn, offs_j, offs_n, mask_j, mask_n).to(tl.float32)
+                b = widened(load_tile(lora_B_ptr, stride_br, stride_bn, offs_j, offs_n, mask_j, mask_n))
                 if WANT_C:
                     C = dot(total, b, C, "ieee")  # [BLOCK_R, BLOCK_R]·[BLOCK_R, BLOCK]
                 if WANT_LIVE:
@@ -95,9 +95,9 @@ def unpack_B_kernel(
         for j in range(0, r, BLOCK_R):
             offs_j = j + tl.arange(0, BLOCK_R)
             u = load_tile(U_ptr, stride_un, stride_ur, offs_n, offs_j, mask_n, offs_j < r)  # [BLOCK, BLOCK_R]
-            live = load_tile(routing_ptr, stride_ti, stride_tj, offs_j, offs_i, offs_j < r, mask_i).to(tl.float32)
+            live = widened(load_tile(routing_ptr, stride_ti, stride_tj, offs_j, offs_i, offs_j < r, mask_i))
             dB = dot(u, live, dB, "ieee")  # [BLOCK, BLOCK_R]·[BLOCK_R, BLOCK_R]
-    dB *= tl.load(scaling_ptr).to(tl.float32)
+    dB *= widened(tl.load(scaling_ptr))
     store_tile(dB_ptr, r, 1, offs_n, offs_i, mask_n, mask_i, dB)
 
 
@@ -114,7 +114,7 @@ def unpack_routing_kernel(
     for n in range(first, tl.minimum(first + split, N), BLOCK):
         offs_n = n + tl.arange(0, BLOCK)
         u = load_tile(U_ptr, stride_ur, stride_un, offs_i, offs_n, offs_i < r, offs_n < N)  # [BLOCK_R, BLOCK]
-        b = load_tile(lora_B_ptr, stride_bn, stride_br, offs_n, offs_j, offs_n < N, offs_j < r).to(tl.float32)
+        b = widened(load_tile(lora_B_ptr, stride_bn, stride_br, offs_n, offs_j, offs_n < N, offs_j < r))
         acc = dot(u, b, acc, "ieee")  # [BLOCK_R, BLOCK]·[BLOCK, BLOCK_R]
     store_tile(parts_ptr + tl.program_id(2) * r * r, r, 1, offs_i, offs_j, offs_i < r, offs_j < r, acc)
 
@@ -127,7 +127,7 @@ def unpack_sums_kernel(parts_ptr, splits, scaling_ptr, dR_ptr, r, BLOCK: tl.cons
     for _ in range(splits):
         acc += tl.load(parts_ptr + offs, mask=offs < r * r, other=0.0)  # [BLOCK]
         parts_ptr += r * r
-    acc *= tl.load(scaling_ptr).to(tl.float32)
+    acc *= widened(tl.load(scaling_ptr))
     tl.store(dR_ptr + offs, rounded(acc, dR_ptr.dtype.element_ty), mask=offs < r * r)
 
 
