@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import INTERPRETER
+from .tiles import INTERPRETER, ReduceTile, ShrinkTile
 
 # Read when kernels are decorated, as Triton itself reads it.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -21,12 +21,15 @@ TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 MOST_RANKS = 256
 """Most columns of one accumulator: the ranks, padded, of the terms that share one read of the big operand."""
 
+SCRATCH_BYTES = 32 << 20
+"""Most scratch of a sum that is split, in one launch."""
+
 T = TypeVar("T")
 
 
 @triton.jit
 def widened(value):
-    """``value`` in fp32. The interpreter makes 2**-126 of a zero in bf16, so there its bits are moved."""
+    """``value`` in fp32. The interpreter converts subnormal bf16 wrongly, so there the bits are moved."""
     if INTERPRETED and value.dtype == tl.bfloat16:
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -43,14 +46,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """``value`` in ``dtype``, to nearest even. The interpreter cuts off what bf16 cannot hold, so there it is rounded
-    by its bits first."""
+    """``value`` in ``dtype``, to nearest even. The interpreter cuts off what bf16 cannot hold, so there the bits are
+    rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
-        value = widened(value)
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, nearest, value)
-    return value.to(dtype)
+        bits = widened(value).to(tl.uint32, bitcast=True)
+        nearest = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
 
 
 @triton.jit
@@ -64,21 +67,21 @@ def kept(seed, threshold, offs_m, first_column, columns, BLOCK_M: tl.constexpr, 
     zero = low & 0
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK / 8, 2, 2], in memory order w0 w1 w2 w3
-    lanes = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)  # [.., 2, 2, 2], the low half first
-    return tl.reshape(lanes, (BLOCK_M, BLOCK)) >= threshold
+    halves = tl.join((words & 0xFFFF) >= threshold, (words >> 16) >= threshold)  # [.., 2, 2, 2], the low half first
+    return tl.reshape(halves, (BLOCK_M, BLOCK))
 
 
 @triton.jit
 def load_threshold(threshold_ptr):
     """The threshold of a draw, 0 .. 65536."""
-    return tl.load(threshold_ptr).to(tl.int32)
+    return tl.load(threshold_ptr).to(tl.uint32)
 
 
 @triton.jit
 def kept_value(threshold_ptr):
     """What a kept element counts: 1 / (1 - threshold / 65536), 0 where everything drops."""
     threshold = load_threshold(threshold_ptr)
-    of_kept = tl.maximum(65536 - threshold, 1).to(tl.float32)
+    of_kept = (65536 - tl.minimum(threshold, 65535)).to(tl.float32)
     return tl.where(threshold < 65536, tl.div_rn(tl.zeros_like(of_kept) + 65536.0, of_kept), 0.0)
 
 
@@ -112,6 +115,14 @@ def chunks(items: Sequence[T], ranks: Sequence[int]) -> Iterator[tuple[Sequence[
             stop += 1
         yield items[start:stop], block_of_rank(max(ranks[start:stop]))
         start = stop
+
+
+def split(steps: int, blocks: int, part_bytes: int, tile: ShrinkTile | ReduceTile, t: Tensor) -> tuple[int, int]:
+    """(steps of a part; number of parts) of a sum of ``steps`` steps by ``blocks`` blocks of programs: enough programs
+    for the device of ``t``, but several steps a part, and parts within ``SCRATCH_BYTES``."""
+    wanted = min(triton.cdiv(tile.per_sm * programs(t), blocks), steps // tile.least_steps, tile.most_splits)
+    per_part = max(triton.cdiv(steps, max(min(wanted, SCRATCH_BYTES // part_bytes), 1)), 1)
+    return per_part, max(triton.cdiv(steps, per_part), 1)
 
 
 def precision(dtype: torch.dtype) -> str:

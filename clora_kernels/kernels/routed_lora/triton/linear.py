@@ -28,7 +28,7 @@ def linear(
 
     a [M, K], b [K, N], q [M, r] and C [r, N] of one dtype, any strides; bias [N] and base_output [M, N] of any. The sum
     is fp32 throughout. No scratch. From compute capability 9.0 on tiles come and go by TMA where layout and alignment
-    allow it (see ``described``), elsewhere by pointers.
+    allow it (see ``can_describe``), elsewhere by pointers.
     """
     q, C, _ = low_rank[0]
     M, N = q.shape[0], C.shape[1]
@@ -43,38 +43,34 @@ def _launch(
     products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor
 ) -> None:
     (M, N), q = y.shape, low_rank[0][0]
-    r = max(C.shape[0] for _, C, _ in low_rank)
-    masked = any(d is not None for _, _, d in low_rank)
+    r, terms = max(C.shape[0] for _, C, _ in low_rank), max(len(products), len(low_rank))
     K = max([b.shape[0] for _, b in products], default=0)
-    kind = capability(y)
-    tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, masked))
+    masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
+    tma = kind in TMA_CLASSES and can_describe(products, y)
+    tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, terms, masked, tma))
     block_r = block_of_rank(r, 64)
     shared = dict(
         TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
         FLATTEN=tile.flatten, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    grid = (min(programs(y), triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)),)
-    epilogue = (
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    grid = (min(tile.per_sm * programs(y), tiles),)
+    low = _terms(low_rank, y.device)
+    outer = (
         bias, 0 if bias is None else bias.stride(0), base_output, *((0, 0) if base_output is None else base_output.stride()),
     )  # fmt: skip
-    terms = _terms(low_rank, y.device)
-    if kind in TMA_CLASSES and (operands := described(products, y, tile)) is not None:
-        descriptors, transposed = operands
-        depths = [b.shape[0] for _, b in products] + [0] * (MOST_DESCRIBED - len(products))
+    if tma:
+        descriptors, depths, transposed = describe(products, y, tile)
         linear_tma_kernel[grid](
-            *descriptors, *depths, *terms, *epilogue, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
+            *descriptors, *depths, *low, *outer, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
         )
         return
     linear_kernel[grid](
         tuple(a for a, _ in products), tuple(a.stride(0) for a, _ in products), tuple(a.stride(1) for a, _ in products),
         tuple(b for _, b in products), tuple(b.stride(0) for _, b in products), tuple(b.stride(1) for _, b in products),
-        tuple(b.shape[0] for _, b in products), *terms, *epilogue, y, M, N, PRODUCTS=len(products), **shared,
+        tuple(b.shape[0] for _, b in products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared,
     )  # fmt: skip
-
-
-TMA_CLASSES = {90, INTERPRETER}
-"""Classes of compute capability whose tiles come by TMA; the interpreter plays it."""
 
 
 def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:
@@ -93,25 +89,27 @@ def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ..
     )
 
 
-def described(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], bool] | None:
-    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y, and whether each b is read as [N, K]
-    and transposed; None if TMA cannot take them.
-
-    TMA wants the last stride to be 1 and the base and every other stride a multiple of 16 bytes: a row-major, every b
-    laid out like the first.
-    """
-    if not 1 <= len(products) <= MOST_DESCRIBED or not (_is_described(y) and y.dtype == products[0][0].dtype):
-        return None
+def can_describe(products: Products, y: Tensor) -> bool:
+    """Whether TMA takes every a, b and y: the last stride 1, the base and the other stride multiples of 16 bytes. All b
+    must lie alike, [K, N] or transposed [N, K], and y must have their dtype."""
+    if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype or not _is_described(y):
+        return False
     transposed = products[0][1].stride(1) != 1
-    found = []
+    return all(_is_described(a) and _is_described(b.mT if transposed else b) for a, b in products)
+
+
+def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], list[int], bool]:
+    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether each
+    b is read as [N, K] and transposed."""
+    transposed = products[0][1].stride(1) != 1
+    block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+    found, depths = [], []
     for a, b in products:
-        rows = b.mT if transposed else b
-        if not (_is_described(a) and _is_described(rows)):
-            return None
-        block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(rows, block)]
-    found += found[-2:] * (MOST_DESCRIBED - len(products))
-    return [*found, _descriptor(y, [tile.block_m, tile.block_n])], transposed
+        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(b.mT if transposed else b, block)]
+        depths.append(b.shape[0])
+    missing = MOST_DESCRIBED - len(products)
+    descriptors = [*found, *found[-2:] * missing, _descriptor(y, [tile.block_m, tile.block_n])]
+    return descriptors, depths + [0] * missing, transposed
 
 
 def _is_described(t: Tensor) -> bool:

@@ -36,7 +36,7 @@ def add_low_rank(
             term = acc
         else:
             term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in tl.static_range(RANK_TILES):
+        for i in tl.range(RANK_TILES, num_stages=1):
             offs_r = i * BLOCK_R + tl.arange(0, BLOCK_R)
             mask_r = offs_r < ranks[j]
             q = load_tile(q_ptrs[j], strides_qm[j], strides_qr[j], offs_m, offs_r, mask_m, mask_r)  # [BLOCK_M, BLOCK_R]
@@ -47,7 +47,7 @@ def add_low_rank(
         else:
             seed, threshold = tl.load(seed_ptrs[j]), load_threshold(threshold_ptrs[j])
             keep = kept(seed, threshold, offs_m, first_n, N, BLOCK_M, BLOCK_N)
-            acc += tl.where(keep, term, 0.0)
+            acc = tl.where(keep, term, 0.0) if j == 0 else acc + tl.where(keep, term, 0.0)  # acc holds nothing yet
     return acc
 
 

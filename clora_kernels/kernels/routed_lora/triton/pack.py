@@ -103,15 +103,15 @@ def unpack_B_kernel(
 
 @triton.jit
 def unpack_routing_kernel(
-    U_ptr, stride_ur, stride_un, lora_B_ptr, stride_bn, stride_br, parts_ptr, N, r, split,
+    U_ptr, stride_ur, stride_un, lora_B_ptr, stride_bn, stride_br, parts_ptr, N, r, steps,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """U·lora_B over the part of N of axis 2, ``split`` columns long, into parts [splits, r, r]."""
+    """U·lora_B over the part of N of axis 2, ``steps`` blocks long, into parts [splits, r, r]."""
     offs_i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_j = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(2) * split
+    first = tl.program_id(2) * steps * BLOCK
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for n in range(first, tl.minimum(first + split, N), BLOCK):
+    for n in range(first, tl.minimum(first + steps * BLOCK, N), BLOCK):
         offs_n = n + tl.arange(0, BLOCK)
         u = load_tile(U_ptr, stride_ur, stride_un, offs_i, offs_n, offs_i < r, offs_n < N)  # [BLOCK_R, BLOCK]
         b = widened(load_tile(lora_B_ptr, stride_bn, stride_br, offs_n, offs_j, offs_n < N, offs_j < r))
@@ -212,12 +212,12 @@ def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor
 def _routing_parts(lora_B: Tensor, U: Tensor, block_r: int) -> tuple[Tensor, int]:
     """U·lora_B [splits, r, r] in parts, and how many."""
     r, N = U.shape
-    split = BLOCK * max(triton.cdiv(triton.cdiv(N, BLOCK), MOST_SPLITS), 2)
-    splits = max(triton.cdiv(N, split), 1)
+    steps = max(triton.cdiv(triton.cdiv(N, BLOCK), MOST_SPLITS), 2)
+    splits = max(triton.cdiv(N, steps * BLOCK), 1)
     parts = torch.empty((splits, r, r), dtype=torch.float32, device=U.device)
     tiles = triton.cdiv(r, block_r)
     unpack_routing_kernel[(tiles, tiles, splits)](
-        U, *U.stride(), lora_B, *lora_B.stride(), parts, N, r, split, BLOCK=BLOCK, BLOCK_R=block_r
+        U, *U.stride(), lora_B, *lora_B.stride(), parts, N, r, steps, BLOCK=BLOCK, BLOCK_R=block_r
     )
     return parts, splits
 

@@ -17,30 +17,26 @@ from .common import (
     load_tile,
     on_device_of,
     precision,
-    programs,
     scalar_on,
+    split,
     store_tile,
 )
 from .tiles import ReduceTile, key_of, look_up
 
-SCRATCH_BYTES = 32 << 20
-"""Most scratch of a split over M: fp32 sums [splits, r, K] for each small operand."""
-
-
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     small_ptrs, strides_sm, strides_sr, ranks, big_ptr, stride_bm, stride_bk, seed_ptrs, threshold_ptrs, part_ptrs,
-    M, K, split, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    M, K, steps, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: columns of big, axis 1: parts of M, ``split`` rows long, into parts [splits, r, K] of each term. Tuples
+    """Axis 0: columns of big, axis 1: parts of M, ``steps`` blocks long, into parts [splits, r, K] of each term. Tuples
     hold one entry a term, None where a term has no mask. Sums stand transposed, [BLOCK_K, BLOCK_R]: tensor cores want
     64 rows, more than most ranks."""
     pid_k = tl.program_id(0)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
-    first = tl.program_id(1).to(tl.int64) * split
+    first = tl.program_id(1).to(tl.int64) * steps * BLOCK_M
     accs, seeds, thresholds = (), (), ()
     for j in tl.static_range(TERMS):
         accs = accs + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
@@ -49,19 +45,19 @@ def reduce_kernel(
         else:
             seeds = seeds + (tl.load(seed_ptrs[j]),)
             thresholds = thresholds + (load_threshold(threshold_ptrs[j]),)
-    for m in range(first, tl.minimum(first + split, M), BLOCK_M):
+    for m in range(first, tl.minimum(first + steps * BLOCK_M, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        big = load_tile(big_ptr, stride_bm, stride_bk, offs_m, offs_k, mask_m, mask_k)  # [BLOCK_M, BLOCK_K]
+        big = load_tile(big_ptr, stride_bk, stride_bm, offs_k, offs_m, mask_k, mask_m)  # [BLOCK_K, BLOCK_M]
         sums = ()
         for j in tl.static_range(TERMS):
             small = load_tile(small_ptrs[j], strides_sm[j], strides_sr[j], offs_m, offs_r, mask_m, offs_r < ranks[j])
             if seed_ptrs[j] is None:
-                right = big
+                left = big
             else:
                 keep = kept(seeds[j], thresholds[j], offs_m, pid_k * BLOCK_K, K, BLOCK_M, BLOCK_K)
-                right = tl.where(keep, big, tl.zeros_like(big))
-            sums = sums + (dot(right.T, small, accs[j], PRECISION),)  # [BLOCK_K, BLOCK_M]·[BLOCK_M, BLOCK_R]
+                left = tl.where(keep.T, big, tl.zeros_like(big))
+            sums = sums + (dot(left, small, accs[j], PRECISION),)  # [BLOCK_K, BLOCK_M]·[BLOCK_M, BLOCK_R]
         accs = sums
     for j in tl.static_range(TERMS):
         part = part_ptrs[j] + tl.program_id(1).to(tl.int64) * ranks[j] * K
@@ -84,7 +80,7 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
 
     big is read once for small operands of up to 256 ranks together (each padded to the block of the largest). M is cut
     into parts by M, K and the device alone and these are added in their order, so the same call gives the same bits.
-    ``SCRATCH_BYTES`` at most are used for the parts.
+    The parts, fp32 [splits, r, K] for each small operand, are scratch of ``SCRATCH_BYTES`` at most.
     """
     K = big.shape[1]
     out = [torch.empty((t.shape[1], K), dtype=torch.float32, device=big.device) for t in small]
@@ -99,30 +95,20 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
 def _launch(big: Tensor, terms: list[tuple[Tensor, Dropout | None, Tensor]], block_r: int) -> None:
     M, K = big.shape
     small, dropout, out = zip(*terms, strict=True)
-    tile: ReduceTile = look_up(
-        key_of("reduce", capability(big), big.dtype, M, 0, K, block_r * len(terms), any(d is not None for d in dropout))
-    )
+    masked, rank = any(d is not None for d in dropout), block_r * len(terms)
+    tile: ReduceTile = look_up(key_of("reduce", capability(big), big.dtype, M, 0, K, rank, len(terms), masked))
     blocks_of_columns = triton.cdiv(K, tile.block_k)
-    split, splits = _split(M, blocks_of_columns, 4 * sum(t.numel() for t in out), tile, programs(big))
+    steps, splits = split(triton.cdiv(M, tile.block_m), blocks_of_columns, 4 * sum(t.numel() for t in out), tile, big)
     parts = out
     if splits > 1:
         parts = tuple(torch.empty((splits, *t.shape), dtype=torch.float32, device=big.device) for t in out)
     reduce_kernel[(blocks_of_columns, splits)](
         small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), tuple(t.shape[1] for t in small),
         big, *big.stride(), tuple(None if d is None else d.seed for d in dropout),
-        tuple(None if d is None else scalar_on(big.device, d.threshold) for d in dropout), parts, M, K, split,
+        tuple(None if d is None else scalar_on(big.device, d.threshold) for d in dropout), parts, M, K, steps,
         TERMS=len(terms), PRECISION=precision(big.dtype), BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         for part, total in zip(parts, out, strict=True):
             reduce_sums_kernel[(triton.cdiv(total.numel(), 1024),)](part, splits, total, total.numel(), BLOCK=1024)
-
-
-def _split(M: int, blocks_of_columns: int, part_bytes: int, tile: ReduceTile, at_once: int) -> tuple[int, int]:
-    """(rows of a part, a multiple of block_m; number of parts): twice the programs that run at once, but parts of
-    several steps each, and scratch within ``SCRATCH_BYTES``."""
-    steps = triton.cdiv(M, tile.block_m)
-    wanted = min(triton.cdiv(2 * at_once, blocks_of_columns), steps // 4, tile.most_splits, SCRATCH_BYTES // part_bytes)
-    per_split = triton.cdiv(steps, max(wanted, 1))
-    return max(per_split, 1) * tile.block_m, max(triton.cdiv(steps, max(per_split, 1)), 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +18,11 @@ from .common import (
     load_tile,
     on_device_of,
     precision,
-    programs,
     scalar_on,
+    split,
     store_tile,
 )
 from .tiles import ShrinkTile, key_of, look_up
-
-SCRATCH_BYTES = 32 << 20
-"""Most scratch of a split over K: fp32 sums [splits, terms, M, block of ranks]."""
-
 
 @triton.jit
 def store_term(
@@ -50,16 +44,16 @@ def store_term(
 @triton.jit(do_not_specialize=["M"])
 def shrink_kernel(
     big_ptr, stride_bm, stride_bk, small_ptrs, strides_sr, strides_sk, ranks, seed_ptrs, mask_ptrs,
-    gate_ptrs, strides_gm, strides_gr, threshold_ptrs, sum_ptrs, gated_ptrs, parts_ptr, M, K, split,
+    gate_ptrs, strides_gm, strides_gr, threshold_ptrs, sum_ptrs, gated_ptrs, parts_ptr, M, K, steps,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tuples hold one entry a term; None where a term has no mask, no gate, or an output is not wanted. mask_ptrs:
     thresholds of masks that act here; threshold_ptrs: of draws whose kept value counts. With ``parts_ptr`` axis 1
-    splits K, ``split`` long a part, and unfinished sums are stored [splits, TERMS, M, BLOCK_R]."""
+    splits K, ``steps`` blocks a part, and unfinished sums are stored [splits, TERMS, M, BLOCK_R]."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
-    first = tl.program_id(1) * split
+    first = tl.program_id(1) * steps * BLOCK_K
     accs, seeds, thresholds = (), (), ()
     for j in tl.static_range(TERMS):
         accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
@@ -68,7 +62,7 @@ def shrink_kernel(
         else:
             seeds = seeds + (tl.load(seed_ptrs[j]),)
             thresholds = thresholds + (load_threshold(mask_ptrs[j]),)
-    for k in range(first, tl.minimum(first + split, K), BLOCK_K):
+    for k in range(first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         big = load_tile(big_ptr, stride_bm, stride_bk, offs_m, offs_k, mask_m, mask_k)  # [BLOCK_M, BLOCK_K]
@@ -120,7 +114,7 @@ def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor |
 
     big [M, K] and the small operands [r, K] in its dtype, gates [M, r] in fp32, any strides. big is read once for terms
     of up to 256 ranks together (each padded to the block of the largest). Where M alone gives too few programs K is
-    split; ``SCRATCH_BYTES`` at most are then used for the parts.
+    split; the parts, fp32 [splits, terms, M, block of ranks], are then scratch of ``SCRATCH_BYTES`` at most.
     """
     M = big.shape[0]
     found: list[tuple[Tensor | None, Tensor | None]] = []
@@ -142,32 +136,27 @@ def _launch(
     big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, Tensor | None]], block_r: int
 ) -> None:
     M, K = big.shape
-    tile: ShrinkTile = look_up(
-        key_of("shrink", capability(big), big.dtype, M, 0, K, block_r * len(terms), any(t.masked for t in terms))
-    )
-    small = [t.small for t in terms]
+    small, gates = tuple(t.small for t in terms), tuple(t.gate for t in terms)
     ranks = tuple(t.shape[0] for t in small)
     masks = [t.dropout if t.masked else None for t in terms]
-    seeds = tuple(None if d is None else d.seed for d in masks)
+    masked = any(d is not None for d in masks)
     thresholds = tuple(None if t.dropout is None else scalar_on(big.device, t.dropout.threshold) for t in terms)
-    of_masks = tuple(None if d is None else t for d, t in zip(masks, thresholds, strict=True))
-    gates = tuple(t.gate for t in terms)
-    finish: tuple[Any, ...] = (
-        gates,
-        tuple(0 if g is None else g.stride(0) for g in gates),
-        tuple(0 if g is None else g.stride(1) for g in gates),
-        thresholds,
-        tuple(unrounded for unrounded, _ in outputs),
-        tuple(gated for _, gated in outputs),
-    )
+    rank = block_r * len(terms)
+    tile: ShrinkTile = look_up(key_of("shrink", capability(big), big.dtype, M, 0, K, rank, len(terms), masked))
     blocks_of_rows = triton.cdiv(M, tile.block_m)
-    split, splits = _split(M, K, blocks_of_rows, 4 * len(terms) * M * block_r, tile, programs(big))
+    steps, splits = split(triton.cdiv(K, tile.block_k), blocks_of_rows, 4 * M * rank, tile, big)
     parts = None
     if splits > 1:
         parts = torch.empty((splits, len(terms), M, block_r), dtype=torch.float32, device=big.device)
+    finish = (
+        gates, tuple(0 if g is None else g.stride(0) for g in gates), tuple(0 if g is None else g.stride(1) for g in gates),
+        thresholds, tuple(unrounded for unrounded, _ in outputs), tuple(gated for _, gated in outputs),
+    )  # fmt: skip
     shrink_kernel[(blocks_of_rows, splits)](
-        big, *big.stride(), tuple(small), tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), ranks,
-        seeds, of_masks, *finish, parts, M, K, split, TERMS=len(terms), PRECISION=precision(big.dtype),
+        big, *big.stride(), small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), ranks,
+        tuple(None if d is None else d.seed for d in masks),
+        tuple(None if d is None else t for d, t in zip(masks, thresholds, strict=True)),
+        *finish, parts, M, K, steps, TERMS=len(terms), PRECISION=precision(big.dtype),
         BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -175,12 +164,3 @@ def _launch(
         shrink_sums_kernel[(triton.cdiv(M, 16),)](
             parts, splits, ranks, *finish, M, TERMS=len(terms), BLOCK_M=16, BLOCK_R=block_r
         )
-
-
-def _split(M: int, K: int, blocks_of_rows: int, part_bytes: int, tile: ShrinkTile, at_once: int) -> tuple[int, int]:
-    """(length of a part of K, a multiple of block_k; number of parts): enough programs for the device, but parts of
-    several steps each, and scratch within ``SCRATCH_BYTES``."""
-    steps = triton.cdiv(K, tile.block_k)
-    wanted = min(at_once // blocks_of_rows, steps // 4, tile.most_splits, SCRATCH_BYTES // part_bytes)
-    per_split = triton.cdiv(steps, max(wanted, 1))
-    return max(per_split, 1) * tile.block_k, max(triton.cdiv(steps, max(per_split, 1)), 1)
