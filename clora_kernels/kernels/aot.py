@@ -61,7 +61,9 @@ def compile_for(compilation: Compilation, architecture: int) -> Any:
                 constants[place] = one
             elif one.startswith(("*", "i", "u")) and name not in compilation.unaligned:
                 aligned[place] = [["tt.divisibility", 16]]
-        signature[name] = tuple(k if isinstance(k, str) else "constexpr" for k in kind) if isinstance(kind, tuple) else kind
+        signature[name] = (
+            tuple(k if isinstance(k, str) else "constexpr" for k in kind) if isinstance(kind, tuple) else kind
+        )
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
     source = ASTSource(compilation.kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -5,8 +5,9 @@ One file a primitive; ``common`` holds what kernels and launchers share, ``tiles
 """
 
 from .linear import linear
-from .pack import pack, unpack
+from .pack import pack
 from .reduce import reduce
 from .shrink import shrink
+from .unpack import unpack
 
 __all__ = ["linear", "pack", "reduce", "shrink", "unpack"]

@@ -11,11 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..algebra import Dropout
 from .common import block_of_rank, capability, on_device_of, precision, programs, scalar_on
-from .linear_kernels import linear_kernel, linear_tma_kernel
+from .linear_kernels import linear_kernel, linear_tma_kernel, most_ranks
 from .tiles import INTERPRETER, LinearTile, key_of, look_up
 
 MOST_DESCRIBED = 3
 """Products the kernel with descriptors takes: those of q, k and v."""
+
+TMA_CLASSES = {90, INTERPRETER}
+"""Classes of compute capability whose tiles come by TMA; the interpreter plays it."""
 
 Products = list[tuple[Tensor, Tensor]]
 LowRank = list[tuple[Tensor, Tensor, Dropout | None]]
@@ -39,16 +42,14 @@ def linear(
     return y
 
 
-def _launch(
-    products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor
-) -> None:
+def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor) -> None:
     (M, N), q = y.shape, low_rank[0][0]
     r, terms = max(C.shape[0] for _, C, _ in low_rank), max(len(products), len(low_rank))
     K = max([b.shape[0] for _, b in products], default=0)
     masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
     tma = kind in TMA_CLASSES and can_describe(products, y)
     tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, terms, masked, tma))
-    block_r = block_of_rank(r, 64)
+    block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
     shared = dict(
         TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
@@ -58,7 +59,8 @@ def _launch(
     grid = (min(tile.per_sm * programs(y), tiles),)
     low = _terms(low_rank, y.device)
     outer = (
-        bias, 0 if bias is None else bias.stride(0), base_output, *((0, 0) if base_output is None else base_output.stride()),
+        bias, 0 if bias is None else bias.stride(0),
+        base_output, *((0, 0) if base_output is None else base_output.stride()),
     )  # fmt: skip
     if tma:
         descriptors, depths, transposed = describe(products, y, tile)
@@ -99,8 +101,8 @@ def can_describe(products: Products, y: Tensor) -> bool:
 
 
 def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], list[int], bool]:
-    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether each
-    b is read as [N, K] and transposed."""
+    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether
+    each b is read as [N, K] and transposed."""
     transposed = products[0][1].stride(1) != 1
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
     found, depths = [], []

@@ -1,8 +1,8 @@
 """The kernels of ``linear``: one that reads by pointers, one that reads and writes by TMA descriptors.
 
 Both are persistent: each program takes every so-many-th tile. Where nothing drops the rank tiles *follow* the K loop;
-inside it, in a branch, they would cost it its multi-buffering. Where a term drops they come *first*, are masked, and the
-K loop accumulates on them: masked last, a second accumulator would be alive beside the first.
+inside it, in a branch, they would cost it its multi-buffering. Where a term drops they come *first*, are masked, and
+the K loop accumulates on them: masked last, a second accumulator would be alive beside the first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...declared import Expects
 from .common import dot, kept, load_threshold, load_tile, rounded, store_tile, widened
+from .forms import form, launch, tile_for
+
+
+def most_ranks(itemsize: int) -> int:
+    """Most ranks in one rank tile; exact fp32 matmuls keep a whole step of both operands in registers."""
+    return 32 if itemsize == 4 else 64
 
 
 @triton.jit
@@ -153,3 +160,104 @@ def linear_tma_kernel(
             )  # fmt: skip
         acc = add_outer(acc, bias_ptr, stride_bias, base_ptr, stride_base_m, stride_base_n, offs_m, offs_n, M, N)
         y_desc.store([row, column], rounded(acc, y_desc.dtype))
+
+
+def _form(
+    architecture: int,
+    dtype: str,
+    r: int,
+    products: int = 1,
+    *,
+    dx=False,
+    masked=False,
+    bias=None,
+    base=None,
+    tma=False,
+    precision="ieee",
+    rows=9,
+    strided=False,
+):
+    """A launch of ``linear``: as in forward, or with dx as in backward, where b is not transposed; products of 0 is the
+    adapter alone; rows: bucket of M; strided: no stride is 1."""
+    terms = max(products, 1)
+    tile = tile_for("linear", architecture, dtype, r, terms=terms, dropout=masked, tma=tma, bucket=rows)
+    block_r = min(max(r, 16), most_ranks(4 if dtype == "fp32" else 2))
+    one, seed = "i32" if strided else 1, "*i64" if masked else None
+    low = {
+        "q_ptrs": f"*{dtype}", "strides_qm": "i32", "strides_qr": 1, "c_ptrs": f"*{dtype}", "strides_cr": "i32",
+        "strides_cn": 1, "ranks": "i32", "seed_ptrs": seed, "threshold_ptrs": seed,
+    }  # fmt: skip
+    arguments = {
+        "bias_ptr": bias, "stride_bias": 1 if bias else "i32", "base_ptr": base, "stride_base_m": "i32",
+        "stride_base_n": 1 if base else "i32", "M": "i32", "N": "i32", "PRODUCTS": products, "TERMS": terms,
+        "RANK_TILES": -(-r // block_r), "HAS_DROPOUT": masked, "PRECISION": precision, "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": block_r, "GROUP_M": tile.group_m,
+        "FLATTEN": tile.flatten, **{k: (v,) * terms for k, v in low.items()},
+    }  # fmt: skip
+    once = ("q_ptrs", "c_ptrs")  # a rank tile is one block, or a loop of four: nothing to run ahead of
+    if tma:
+        b = (tile.block_k, tile.block_n) if dx else (tile.block_n, tile.block_k)
+        shapes = {"a": (tile.block_m, tile.block_k), "b": b, "y": (tile.block_m, tile.block_n)}
+        names = ("a_desc", "b_desc", "a_desc_1", "b_desc_1", "a_desc_2", "b_desc_2", "y_desc")
+        arguments |= {name: f"tensordesc<{dtype}{[*shapes[name[0]]]}>" for name in names}
+        arguments |= {"depth": "i32", "depth_1": "i32", "depth_2": "i32", "B_TRANSPOSED": not dx}
+    else:
+        of_products = {
+            "a_ptrs": f"*{dtype}", "strides_am": "i32", "strides_ak": one, "b_ptrs": f"*{dtype}",
+            "strides_bk": "i32" if dx else one, "strides_bn": one if dx else "i32", "depths": "i32",
+        }  # fmt: skip
+        arguments |= {k: (v,) * products for k, v in of_products.items()} | {"y_ptr": base or f"*{dtype}"}
+        once += ("a_ptrs", "b_ptrs") if strided else ()  # asynchronous copies move 4 bytes at least
+    expects = Expects(wgmma=dtype != "fp32", single_buffered=once, tf32=precision == "tf32")
+    return form(linear_tma_kernel if tma else linear_kernel, arguments, **launch(tile, architecture, expects))
+
+
+COMPILATIONS = [
+    *(
+        _form(architecture, dtype, r, products, **flags)
+        for architecture in (80, 90)
+        for dtype, r, products, flags in (
+            ("bf16", 16, 1, {"bias": "*fp32"}),
+            ("bf16", 256, 1, {"bias": "*bf16"}),
+            ("bf16", 16, 1, {"rows": 0, "bias": "*fp32"}),
+            ("bf16", 16, 1, {"strided": True}),
+            ("bf16", 16, 1, {"dx": True}),
+            ("bf16", 16, 1, {"dx": True, "masked": True}),
+            ("bf16", 256, 1, {"dx": True, "masked": True}),
+            ("bf16", 16, 1, {"dx": True, "masked": True, "rows": 0}),
+            ("bf16", 16, 3, {"dx": True}),
+            ("bf16", 16, 3, {"dx": True, "masked": True}),
+            ("bf16", 64, 0, {}),
+            ("bf16", 16, 0, {"base": "*bf16"}),
+            ("bf16", 64, 0, {"base": "*fp32"}),
+            ("fp16", 64, 1, {"bias": "*fp16"}),
+            ("fp32", 16, 1, {"bias": "*fp32"}),
+            ("fp32", 16, 1, {"precision": "tf32"}),
+            ("fp32", 256, 1, {"dx": True, "masked": True}),
+            ("fp32", 16, 3, {"dx": True, "masked": True}),
+            ("fp32", 64, 0, {"base": "*fp32"}),
+        )
+    ),
+    *(
+        _form(90, dtype, r, products, tma=True, **flags)
+        for dtype, r, products, flags in (
+            ("bf16", 16, 1, {"bias": "*fp32"}),
+            ("bf16", 16, 1, {"rows": 0}),
+            ("bf16", 64, 1, {"bias": "*bf16"}),
+            ("bf16", 256, 1, {}),
+            ("bf16", 16, 1, {"dx": True}),
+            ("bf16", 64, 1, {"dx": True}),
+            ("bf16", 16, 1, {"dx": True, "masked": True}),
+            ("bf16", 16, 1, {"dx": True, "masked": True, "rows": 0}),
+            ("bf16", 256, 1, {"dx": True, "masked": True}),
+            ("bf16", 16, 2, {"dx": True}),
+            ("bf16", 64, 3, {"dx": True}),
+            ("bf16", 16, 2, {"dx": True, "masked": True}),
+            ("bf16", 64, 3, {"dx": True, "masked": True}),
+            ("fp16", 16, 1, {"bias": "*fp16"}),
+            ("fp32", 16, 1, {"bias": "*fp32"}),
+            ("fp32", 16, 1, {"dx": True, "masked": True}),
+            ("fp32", 16, 1, {"precision": "tf32"}),
+        )
+    ),
+]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...declared import Expects
 from ..algebra import Dropout
 from .common import (
     capability,
@@ -21,7 +22,9 @@ from .common import (
     split,
     store_tile,
 )
+from .forms import form, launch, tile_for
 from .tiles import ReduceTile, key_of, look_up
+
 
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
@@ -112,3 +115,44 @@ def _launch(big: Tensor, terms: list[tuple[Tensor, Dropout | None, Tensor]], blo
     if splits > 1:
         for part, total in zip(parts, out, strict=True):
             reduce_sums_kernel[(triton.cdiv(total.numel(), 1024),)](part, splits, total, total.numel(), BLOCK=1024)
+
+
+def _form(architecture: int, dtype: str, r: int, terms: int = 1, *, masked=False, precision="ieee"):
+    """A launch of ``reduce_kernel``."""
+    tile = tile_for("reduce", architecture, dtype, r * terms, terms=terms, dropout=masked)
+    seed = "*i64" if masked else None
+    each = {
+        "small_ptrs": f"*{dtype}", "strides_sm": "i32", "strides_sr": 1, "ranks": "i32", "seed_ptrs": seed,
+        "threshold_ptrs": seed, "part_ptrs": "*fp32",
+    }  # fmt: skip
+    arguments = {
+        "big_ptr": f"*{dtype}", "stride_bm": "i32", "stride_bk": 1, "M": "i32", "K": "i32", "steps": "i32",
+        "TERMS": terms, "PRECISION": precision, "BLOCK_M": tile.block_m, "BLOCK_R": r, "BLOCK_K": tile.block_k,
+        **{k: (v,) * terms for k, v in each.items()},
+    }  # fmt: skip
+    expects = Expects(wgmma=dtype != "fp32", tf32=precision == "tf32")
+    return form(reduce_kernel, arguments, **launch(tile, architecture, expects))
+
+
+COMPILATIONS = [
+    *(
+        _form(architecture, dtype, r, terms, **flags)
+        for architecture in (80, 90)
+        for dtype, r, terms, flags in (
+            ("bf16", 16, 1, {}),
+            ("bf16", 16, 1, {"masked": True}),
+            ("bf16", 64, 1, {}),
+            ("bf16", 256, 1, {}),
+            ("bf16", 256, 1, {"masked": True}),
+            ("bf16", 16, 3, {}),
+            ("bf16", 16, 3, {"masked": True}),
+            ("bf16", 64, 3, {"masked": True}),
+            ("fp16", 16, 1, {}),
+            ("fp32", 16, 1, {}),
+            ("fp32", 256, 1, {"masked": True}),
+            ("fp32", 16, 3, {"masked": True}),
+            ("fp32", 16, 1, {"precision": "tf32"}),
+        )
+    ),
+    form(reduce_sums_kernel, {"parts_ptr": "*fp32", "splits": "i32", "out_ptr": "*fp32", "size": "i32", "BLOCK": 1024}),
+]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...declared import Expects
 from ..algebra import Term
 from .common import (
     capability,
@@ -22,7 +23,9 @@ from .common import (
     split,
     store_tile,
 )
+from .forms import form, launch, tile_for
 from .tiles import ShrinkTile, key_of, look_up
+
 
 @triton.jit
 def store_term(
@@ -132,9 +135,7 @@ def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor |
     return found
 
 
-def _launch(
-    big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, Tensor | None]], block_r: int
-) -> None:
+def _launch(big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, Tensor | None]], block_r: int) -> None:
     M, K = big.shape
     small, gates = tuple(t.small for t in terms), tuple(t.gate for t in terms)
     ranks = tuple(t.shape[0] for t in small)
@@ -149,7 +150,8 @@ def _launch(
     if splits > 1:
         parts = torch.empty((splits, len(terms), M, block_r), dtype=torch.float32, device=big.device)
     finish = (
-        gates, tuple(0 if g is None else g.stride(0) for g in gates), tuple(0 if g is None else g.stride(1) for g in gates),
+        gates,
+        tuple(0 if g is None else g.stride(0) for g in gates), tuple(0 if g is None else g.stride(1) for g in gates),
         thresholds, tuple(unrounded for unrounded, _ in outputs), tuple(gated for _, gated in outputs),
     )  # fmt: skip
     shrink_kernel[(blocks_of_rows, splits)](
@@ -164,3 +166,61 @@ def _launch(
         shrink_sums_kernel[(triton.cdiv(M, 16),)](
             parts, splits, ranks, *finish, M, TERMS=len(terms), BLOCK_M=16, BLOCK_R=block_r
         )
+
+
+def _form(
+    architecture: int, dtype: str, r: int, terms: int = 1, *, masked=False, gated=False, parts=False, precision="ieee"
+):
+    """A launch of ``shrink_kernel``; gated: kept value, gate and unrounded sum too."""
+    tile = tile_for("shrink", architecture, dtype, r * terms, terms=terms, dropout=masked)
+    seed, threshold = "*i64" if masked else None, "*i64" if masked or gated else None
+    each = {
+        "small_ptrs": f"*{dtype}", "strides_sr": "i32", "strides_sk": 1, "ranks": "i32", "seed_ptrs": seed,
+        "mask_ptrs": seed, "gate_ptrs": "*fp32" if gated else None, "strides_gm": "i32",
+        "strides_gr": 1 if gated else "i32", "threshold_ptrs": threshold,
+        "sum_ptrs": "*fp32" if gated else None, "gated_ptrs": f"*{dtype}",
+    }  # fmt: skip
+    arguments = {
+        "big_ptr": f"*{dtype}", "stride_bm": "i32", "stride_bk": 1, "parts_ptr": "*fp32" if parts else None,
+        "M": "i32", "K": "i32", "steps": "i32", "TERMS": terms, "PRECISION": precision,
+        "BLOCK_M": tile.block_m, "BLOCK_R": r, "BLOCK_K": tile.block_k, **{k: (v,) * terms for k, v in each.items()},
+    }  # fmt: skip
+    expects = Expects(wgmma=dtype != "fp32", tf32=precision == "tf32")
+    return form(shrink_kernel, arguments, **launch(tile, architecture, expects))
+
+
+def _sums_form(dtype: str, r: int, terms: int):
+    each = {
+        "ranks": "i32", "gate_ptrs": "*fp32", "strides_gm": "i32", "strides_gr": 1, "threshold_ptrs": "*i64",
+        "sum_ptrs": "*fp32", "gated_ptrs": f"*{dtype}",
+    }  # fmt: skip
+    arguments = {"parts_ptr": "*fp32", "splits": "i32", "M": "i32", "TERMS": terms, "BLOCK_M": 16, "BLOCK_R": r}
+    return form(shrink_sums_kernel, {**arguments, **{k: (v,) * terms for k, v in each.items()}})
+
+
+COMPILATIONS = [
+    *(
+        _form(architecture, dtype, r, terms, **flags)
+        for architecture in (80, 90)
+        for dtype, r, terms, flags in (
+            ("bf16", 16, 1, {}),
+            ("bf16", 16, 1, {"masked": True, "gated": True}),
+            ("bf16", 64, 1, {"gated": True}),
+            ("bf16", 64, 1, {"masked": True, "parts": True}),
+            ("bf16", 256, 1, {}),
+            ("bf16", 256, 1, {"masked": True}),
+            ("bf16", 16, 2, {"gated": True}),
+            ("bf16", 16, 3, {}),
+            ("bf16", 16, 3, {"masked": True}),
+            ("bf16", 64, 3, {"masked": True}),
+            ("fp16", 16, 1, {"parts": True}),
+            ("fp32", 16, 1, {"gated": True}),
+            ("fp32", 16, 1, {"masked": True}),
+            ("fp32", 256, 1, {"masked": True, "gated": True}),
+            ("fp32", 16, 3, {"masked": True}),
+            ("fp32", 16, 1, {"precision": "tf32"}),
+        )
+    ),
+    _sums_form("bf16", 16, 1),
+    _sums_form("fp32", 256, 1),
+]

@@ -1,7 +1,7 @@
 """The sizes the kernels run with: conservative defaults, and a table that may know better.
 
-A look-up depends on the dtype, the class of compute capability, the sizes of the layer and the *bucket* of M, never on M
-itself. The defaults are those that compile without spilling on every architecture they are for; none is measured.
+A look-up depends on the dtype, the class of compute capability, the sizes of the layer and the *bucket* of M, never on
+M itself. The defaults are those that compile without spilling on every architecture they are for; none is measured.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def look_up(key: Key, table: Table | None = None) -> Any:
 
 def default(key: Key) -> Tile:
     """The conservative tile of an op."""
-    return {"linear": _linear, "shrink": _shrink, "reduce": _reduce}[key.op](key)
+    if key.op == "linear":
+        return _linear(key)
+    return _shrink(key) if key.op == "shrink" else _reduce(key)
 
 
 def _linear(key: Key) -> LinearTile:
