@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from clora_kernels import extension
+
+# Without a GPU the Triton kernels run under Triton's interpreter, which must be known before they are decorated. What
+# compiles them does so in a process of its own, without this.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Derandomised: a failure belongs to the commit that shows it. `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)

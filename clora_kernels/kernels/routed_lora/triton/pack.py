@@ -18,7 +18,9 @@ BLOCK = 64
 """Columns a program works on, and steps of the sum over N of dR."""
 
 BLOCK_OF_RANKS = 32
-"""Ranks a program works on at a time; exact fp32 matmuls keep a whole step of both operands in registers."""
+"""Ranks a program works on at a time: exact fp32 matmuls keep a whole step of both operands in registers."""
+
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
                 scalar_on(j.lora_A.device, j.scaling), *_pitch(packed_A, j.lora_A), *_pitch(packed_C, j.lora_A),
                 *_pitch(live, j.lora_A), N, K, r, tiles_of_A, WANT_C=C, WANT_LIVE=C_live,
                 IDENTITY=j.routing is None or j.bank, FROZEN=frozen[0] is not j.lora_A,
-                BLOCK=BLOCK, BLOCK_R=block_of_rank(r, BLOCK_OF_RANKS),
+                BLOCK=BLOCK, BLOCK_R=block_of_rank(r, BLOCK_OF_RANKS), num_warps=NUM_WARPS,
             )  # fmt: skip
     return Packed(packed_A if cast_A else j.lora_A if A else None, packed_C, live)
 
@@ -143,7 +145,7 @@ def _form(dtype: str, out: str, r: int, routing: bool = True, frozen: bool = Fal
         "stride_lr": "i32", "N": "i32", "K": "i32", "r": "i32", "tiles_of_A": "i32", "WANT_C": True, "WANT_LIVE": live,
         "IDENTITY": not routing, "FROZEN": frozen, "BLOCK": BLOCK, "BLOCK_R": block_r,
     }  # fmt: skip
-    return form(pack_kernel, arguments, expects=Expects(wgmma=False))
+    return form(pack_kernel, arguments, num_warps=NUM_WARPS, expects=Expects(wgmma=False))
 
 
 # r×r and r×N operands in fp32, exact; the loop over ranks is short, mostly of one turn.

@@ -114,7 +114,7 @@ def _linear(key: Key) -> LinearTile:
         return LinearTile(16, 16, 16, group_m=2)
     several_masks = key.dropout and key.terms > 2
     if key.dtype == "fp32":
-        return LinearTile(64, 32 if several_masks else 64, 32, num_warps=8)
+        return LinearTile(64, 32 if key.dropout and (several_masks or key.r > 32) else 64, 32, num_warps=8)
     if key.bucket <= 2:
         return LinearTile(64, 64 if key.dropout else 128, 64, num_warps=4, num_stages=3, per_sm=2)
     if key.dropout:  # masks cost registers: each is made for the whole tile at once
