@@ -112,10 +112,18 @@ def _devices() -> list[str]:
 
 
 def _routed_lora() -> list[Availability]:
-    missing = routed_lora_dispatch.MISSING
-    always = {"reference": "plain PyTorch, any device", "aten": "ATen matmuls, any device"}
+    missing = dict(routed_lora_dispatch.MISSING)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := routed_lora_dispatch.why_not_triton(torch.float32, device_type, None):
+        missing["triton"] = reason
+    there = {
+        "reference": "plain PyTorch, any device",
+        "aten": "ATen matmuls, any device",
+        "triton": "fused kernels; fp32, bf16, fp16"
+        + (" on CUDA tensors" if device_type == "cuda" else " in Triton's interpreter, for proof and not for speed"),
+    }
     return [
-        Availability(name, name not in missing, missing.get(name, always.get(name, "")))
+        Availability(name, name not in missing, missing.get(name, there.get(name, "")))
         for name in ("reference", "aten", "triton", "native")
     ]
 

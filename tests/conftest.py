@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +67,15 @@ def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch:
     elif not extension.has_op("dropout_mask", device.type):
         pytest.skip(f"the dropout mask is not compiled for {device.type}: {extension.status()}")
     return request.param
+
+
+@pytest.fixture
+def with_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the Triton kernels of routed LoRA run with the given tiles, whatever the call."""
+    from clora_kernels.kernels.routed_lora.triton import tiles
+
+    def use(linear: Any = None, shrink: Any = None, reduce: Any = None) -> None:
+        chosen, before = {"linear": linear, "shrink": shrink, "reduce": reduce}, tiles.default
+        monkeypatch.setattr(tiles, "default", lambda key: chosen[key.op] or before(key))
+
+    return use

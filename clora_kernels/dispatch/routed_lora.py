@@ -71,7 +71,7 @@ _cached_rule = cache(_rule)  # Dynamo traces no cache
 
 def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
     """Why the Triton kernels cannot run such a tensor; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed"
     if dtype == torch.float64:
         return "its kernels sum in fp32, and the tensors are fp64"
@@ -87,6 +87,13 @@ def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | Non
 
 # What it asks for does not change while a process runs, and Dynamo cannot trace all of it.
 why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # of a name that sys.modules marks as missing
+        return False
 
 
 def _interprets() -> bool:
