@@ -97,7 +97,7 @@ def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch)
 
 def test_why_triton_is_not_there(monkeypatch):
     """Each reason, and that the call gives it."""
-    why = routed_lora_dispatch.why_not_triton
+    why = routed_lora_dispatch._why_not_triton.__wrapped__
     assert "fp64" in why(torch.float64, "cuda", 0) and "meta" in why(torch.float32, "meta", None)
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
@@ -107,7 +107,7 @@ def test_why_triton_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert why(torch.bfloat16, "cuda", 0) == ""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(routed_lora_dispatch, "_cached_rule", routed_lora_dispatch._rule)
+    monkeypatch.setattr(routed_lora_dispatch, "_why_not_triton", why)
     assert "not installed" in why(torch.float32, "cpu", None)
     assert not {b.name: b for b in ck.info().backends["routed_lora"]}["triton"].available
     with pytest.raises(

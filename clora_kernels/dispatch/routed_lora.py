@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.routed_lora import aten
+from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
-from .choice import Choice, check_backend
-
-MISSING = {"native": "it has no C++ kernel; use 'auto' or 'aten'"}
+from .choice import Choice, check_backend, unavailable
 
 
 def _primitives(backend: str) -> Primitives:
@@ -38,69 +36,76 @@ def _primitives(backend: str) -> Primitives:
     return aten
 
 
-def choose(dtype: torch.dtype, device: torch.device, has_base_output: bool, backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``aten``, the only backend that is measured, and proved on
-    every device. It will be ``triton`` where a table of tiles says that it wins; none ships."""
-    rule = _rule if torch.compiler.is_compiling() else _cached_rule
-    return rule(dtype, device.type, device.index, has_base_output, backend)
+def check_named_backend(backend: str) -> None:
+    """ValueError unless routed LoRA has a backend of that name."""
+    check_backend("routed_lora", backend, {})
 
 
-def _rule(
-    dtype: torch.dtype, device_type: str, device_index: int | None, has_base_output: bool, backend: str
-) -> Choice:
-    missing = MISSING
-    if backend == "triton" and (reason := why_not_triton(dtype, device_type, device_index)):
-        missing = {**MISSING, "triton": f"{reason}; use 'auto' or 'aten'"}
-    check_backend("routed_lora", backend, missing)
-    if backend == "reference":
-        return Choice("reference", "plain PyTorch", "named by the caller; differentiable twice, slower, more memory")
-    if backend == "triton":
-        return Choice("triton", "fused kernels, low-rank term and frozen matmul in one fp32 sum", "named by the caller")
+def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
+    """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
+    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says that
+    it wins; none ships."""
+    dtype, device_type = x.dtype, x.device.type
+    check_named_backend(backend)
+    if backend in ("auto", "native"):
+        why_not = layer.why_not(dtype, device_type, projections)
+        if backend == "native" and why_not:
+            raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
+        if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
+            return _choice("native", dtype, device_type, False, backend)
+    if backend == "triton" and (why_not := why_not_triton(dtype, device_type, x.device.index)):
+        raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
+    chosen = backend if backend in ("reference", "triton") else "aten"
+    return _choice(chosen, dtype, device_type, projections[0].base_output is not None, backend)
+
+
+@cache
+def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
+    named = "named by the caller"
+    if chosen == "reference":
+        return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
+    if chosen == "native":
+        strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
+        return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
+    if chosen == "triton":
+        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", named)
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    why = "named by the caller" if backend == "aten" else f"ATen matmuls are the proved path on {device_type}"
-    return Choice("aten", strategy, why)
-
-
-_cached_rule = cache(_rule)  # Dynamo traces no cache
+    return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
 
 
 def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
     """Why the Triton kernels cannot run such a tensor; empty if they can."""
-    if not _is_installed("triton"):
+    return _why_not_triton(dtype, device_type, device_index)
+
+
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo can trace neither it nor a cache
+
+
+@cache
+def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules marks it as missing
+        installed = False
+    if not installed:
         return "triton is not installed"
+    from triton import knobs
+
     if dtype == torch.float64:
         return "its kernels sum in fp32, and the tensors are fp64"
     if device_type == "cpu":
-        return "" if _interprets() else "its kernels run on a GPU (on the CPU only under TRITON_INTERPRET=1)"
+        return "" if knobs.runtime.interpret else "its kernels run on a GPU (on the CPU only under TRITON_INTERPRET=1)"
     if device_type != "cuda" or torch.version.hip:
-        return f"its kernels run on NVIDIA GPUs, and the tensors are on {'rocm' if torch.version.hip else device_type}"
-    if _interprets():
-        return ""
+        return f"its kernels run on NVIDIA GPUs, not on {'rocm' if torch.version.hip else device_type}"
     major, minor = torch.cuda.get_device_capability(device_index)
-    return "" if major >= 8 else f"its kernels need compute capability 8.0, and the GPU has {major}.{minor}"
-
-
-# What it asks for does not change while a process runs, and Dynamo cannot trace all of it.
-why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:  # of a name that sys.modules marks as missing
-        return False
-
-
-def _interprets() -> bool:
-    """Whether kernels are decorated for Triton's interpreter."""
-    import triton
-
-    return triton.knobs.runtime.interpret
+    if major < 8 and not knobs.runtime.interpret:
+        return f"its kernels need compute capability 8.0, and the GPU has {major}.{minor}"
+    return ""
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
@@ -154,7 +159,10 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
     """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
     with without_autocast(x.device.type):
-        ys, kept = forward(_primitives(backend), x, [_in_bounds(j) for j in projections])
+        if backend == "native":
+            ys, kept = layer.forward(x, projections[0])
+        else:
+            ys, kept = forward(_primitives(backend), x, [_in_bounds(j) for j in projections])
     return ys + kept
 
 
@@ -170,21 +178,19 @@ def run_backward(
 ) -> list[Tensor | None]:
     """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
     with without_autocast(dys[0].device.type):
-        bounded = [_in_bounds(j) for j in projections]
-        dx, of_projections = backward(_primitives(backend), dys, x, bounded, kept, need_x, needs, dtype)
+        if backend == "native":
+            dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
+        else:
+            bounded = [_in_bounds(j) for j in projections]
+            dx, of_projections = backward(_primitives(backend), dys, x, bounded, kept, need_x, needs, dtype)
     return [dx] + [g for of_one in of_projections for g in of_one]
 
 
-def _ready(x: Tensor, tensors: Sequence[Tensor], given: Sequence[bool], backend: str) -> tuple[str, list[Projection]]:
+def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)
-    return choose(x.dtype, x.device, projections[0].base_output is not None, backend).backend, projections
-
-
-def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
-    chosen, projections = _ready(x, tensors, given, backend)
-    return run_forward(x, projections, chosen)
+    return run_forward(x, projections, choose(x, projections, backend).backend)
 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
@@ -210,7 +216,9 @@ def _backward(
     given: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    chosen, projections = _ready(dys[0], tensors, given, backend)
+    projections = unpack_projections(tensors, given)
+    like = dys[0].new_empty(0, dtype=dtype).expand(*dys[0].shape[:-1], 0)  # what forward chose by
+    chosen = choose(like, projections, backend).backend
     grads = run_backward(dys, x, kept, dtype, need_x, _unpack_needs(needs), projections, chosen)
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]
 

@@ -62,8 +62,8 @@ class RoutedLoRAFunction(_FirstOrderReverse):
 
 
 class RoutedLoRAEagerFunction(torch.autograd.Function):
-    """The same for plain tensors that nobody traces: it calls what the operators call. The way through the dispatcher and
-    a Function that transforms can read cost 200 µs a step, more than a small layer takes."""
+    """The same for plain tensors that nobody traces: it calls what the operators call. The dispatcher and a
+    Function that transforms can read costs 200 µs a step, more than a small layer takes."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ for _function in (RoutedLoRAFunction, RoutedLoRABackwardFunction):
 
 
 def _operator_arguments(lengths: tuple[int, int], rest: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The backward operator's arguments from one sequence: dys, x where it was saved, what forward kept, the tensors."""
+    """The backward operator's arguments, from dys, x where it was saved, what forward kept and the tensors in a row."""
     n, has_x = lengths
     dys, x, kept = tensors[:n], tensors[n] if has_x else None, tensors[n + has_x : 2 * n + has_x]
     dtype, need_x, needs, given, backend = rest

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice
-from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora, without_autocast
+from ...dispatch.routed_lora import (
+    check_index,
+    check_named_backend,
+    choose,
+    pack_projections,
+    routed_lora,
+    without_autocast,
+)
 from ...kernels.routed_lora.algebra import Projection
 from ...library import autocast_is_on
 from ...reference import routed_lora as reference
@@ -166,7 +173,10 @@ def _run(
     if not isinstance(training, bool):
         raise TypeError(f"training: got {type(training).__name__}, expected True or False")
     x, projections = prepare(x, adapters, base_output, prefix)
-    chosen = _choose(x, projections, backend).backend
+    # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
+    check_named_backend(backend)
+    late = torch.compiler.is_compiling() and backend != "reference"
+    chosen = backend if late else choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
@@ -227,10 +237,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _choose(x: Tensor, projections: list[Projection], backend: str) -> Choice:
-    return choose(x.dtype, x.device, projections[0].base_output is not None, backend)
-
-
 def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
     with without_autocast(x.device.type):
         return reference.forward(
@@ -258,4 +264,4 @@ def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
         fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
         adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
     x, projections = prepare(arguments["x"], adapters, base)
-    return _choose(x, projections, arguments["backend"])
+    return choose(x, projections, arguments["backend"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...reference.routed_lora import accumulation_dtype
 from ..cpu_matmul import goes_faster_in_blocks, matmul
 from ..dropout_mask import dropout_mask
+from . import compiled
 from .algebra import Dropout, Needs, Packed, Projection, Term, apply_gate, cast, total_routing
 
 # On a CPU a block should stay in the caches and yet be worth a call: shrink and reduce of 1576×768, rank 16, bf16, take
@@ -84,6 +85,8 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
 
 
 def _fold(j: Projection, R: Tensor | None, dtype: torch.dtype, acc: torch.dtype) -> Tensor:
+    if R is None and dtype != acc and compiled.folds(j.lora_B, j.scaling):
+        return compiled.fold(j.lora_B, j.scaling, j.lora_B.new_empty(0, dtype=dtype))
     B = cast(j.lora_B, acc).mT
     return cast((B if R is None else R @ B) * j.scaling, dtype)
 
@@ -105,26 +108,32 @@ def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor
 
 def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor | None]]:
     """For each term, where wanted: (mask ⊙ big)·smallᵀ [M, r], unrounded, and that gated in big.dtype."""
-    if len(terms) == 1 and _is_rounded_once(big, terms[0]):
-        return [(None, matmul(big, terms[0].small.mT))]
-    masks = [t.dropout if t.masked else None for t in terms]
-    sums = _sums(big, [t.small for t in terms], masks)
+    if all(map(_is_rounded_once, terms)) and not compiled.is_faster(big):
+        rounded = matmul(big, _stacked([t.small for t in terms]).mT)
+        return [(None, part) for part in _split(rounded, [t.small.shape[0] for t in terms], 1)]
+    sums = _sums(big, [t.small for t in terms], [t.dropout if t.masked else None for t in terms])
     return [
         (p if t.want_sum else None, cast(apply_gate(p, t.dropout, t.gate), big.dtype) if t.want_gated else None)
         for t, p in zip(terms, sums, strict=True)
     ]
 
 
-def _is_rounded_once(big: Tensor, term: Term) -> bool:
-    """Whether one matmul gives what is wanted: the sum itself is not, and nothing acts on it before it is rounded."""
+def _is_rounded_once(term: Term) -> bool:
+    """Whether a matmul gives what is wanted: the sum itself is not, and nothing acts on it before it is rounded."""
     return not term.want_sum and term.gate is None and term.dropout is None
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sums(big: Tensor, small: list[Tensor], dropout: list[Dropout | None]) -> list[Tensor]:
     """mask_j ⊙ big [M, K] times small_jᵀ ([r_j, K]) → [M, r_j] in the accumulation dtype; big is read once."""
     ranks = [t.shape[0] for t in small]
     if _in_one_piece(big, dropout):
-        return _split(_matmul_unrounded(big, torch.cat(small).mT if len(small) > 1 else small[0].mT), ranks, 1)
+        return _split(_matmul_unrounded(big, _stacked(small).mT), ranks, 1)
+    if compiled.serves(big):
+        return [compiled.shrink(big, t, d) for t, d in zip(small, dropout, strict=True)]
     acc = accumulation_dtype(big.dtype)
     out = [big.new_empty(big.shape[0], r, dtype=acc) for r in ranks]
     for block in _row_blocks(big):
@@ -142,6 +151,8 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
     ranks = [t.shape[1] for t in small]
     if _in_one_piece(big, dropout):
         return _split(_matmul_unrounded((torch.cat(small, 1) if len(small) > 1 else small[0]).mT, big), ranks, 0)
+    if compiled.serves(big):
+        return [compiled.reduce(t, big, d) for t, d in zip(small, dropout, strict=True)]
     acc = accumulation_dtype(big.dtype)
     out: list[Tensor] = []
     for block in _row_blocks(big):
@@ -185,28 +196,44 @@ def _low_rank_last(
     for a, b, d in [(a, b, None) for a, b in others] + low_rank:
         if d is None and not goes_faster_in_blocks(a, b):
             y.addmm_(a, b)
-            continue
-        for block in _row_blocks(y):
-            part = matmul(a[block], b)
-            y[block].add_(part if d is None else part.mul_(_kept(block, y.shape[1], d)))
-            del part
+        elif d is not None and compiled.serves(y):
+            compiled.expand(y, a, b, d, accumulate=True)
+        else:
+            for block in _row_blocks(y):
+                part = matmul(a[block], b)
+                y[block].add_(part if d is None else part.mul_(_kept(block, y.shape[1], d)))
+                del part
     return y
 
 
 def _lay_down(low_rank: list[tuple[Tensor, Tensor, Dropout | None]]) -> Tensor:
+    q, C, d = low_rank[0]
     if not any(d for _, _, d in low_rank):
-        qs, Cs = [q for q, _, _ in low_rank], [C for _, C, _ in low_rank]
-        return (torch.cat(qs, 1) if len(qs) > 1 else qs[0]) @ (torch.cat(Cs) if len(Cs) > 1 else Cs[0])
-    q, C, _ = low_rank[0]
+        if len(low_rank) > 1:
+            q, C = torch.cat([q for q, _, _ in low_rank], 1), torch.cat([C for _, C, _ in low_rank])
+        return compiled.expand(q.new_empty(q.shape[0], C.shape[1]), q, C, None) if compiled.is_faster(q) else q @ C
     y = q.new_empty(q.shape[0], C.shape[1])
+    if len(low_rank) == 1 and compiled.serves(q):
+        return compiled.expand(y, q, C, d)
     for block in _row_blocks(y):
-        total: Tensor | None = None
-        for q, C, d in low_rank:
-            part = _matmul_unrounded(q[block], C)
-            part = part if d is None else part.mul_(_kept(block, y.shape[1], d))
-            total = part if total is None else total.add_(part)
-        y[block] = total
+        y[block] = _masked_sum(low_rank, block)
     return y
+
+
+def _masked_sum(low_rank: list[tuple[Tensor, Tensor, Dropout | None]], block: slice) -> Tensor:
+    """Rows of Σ mask_j ⊙ (q_j·C_j) in the accumulation dtype."""
+    total: Tensor | None = None
+    for q, C, d in low_rank:
+        if compiled.serves(q):
+            first = total is None
+            total = q.new_empty(block.stop - block.start, C.shape[1], dtype=torch.float32) if total is None else total
+            compiled.expand(total, q[block], C, d, block.start, accumulate=not first)
+            continue
+        part = _matmul_unrounded(q[block], C)
+        part = part if d is None else part.mul_(_kept(block, C.shape[1], d))
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def _accumulate_several(y: Tensor, products: list[tuple[Tensor, Tensor]]) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES, check_dropout, scaling_tensor
-from ...dispatch.routed_lora import choose
+from ...dispatch.routed_lora import check_named_backend, choose
+from ...kernels.routed_lora.algebra import Projection
 from ..adapter import AdapterLinear, default_adapter_dtype
 
 
@@ -105,7 +106,7 @@ class RoutedLoRALinear(AdapterLinear):
             raise ValueError(f"routing: got {routing!r}, expected True, False or the number of routings of a bank")
         if frozen_routing and routing is False:
             raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
-        choose(self.weight.dtype, self.weight.device, False, backend)
+        check_named_backend(backend)
         self.r, self.dropout_p, self.backend = r, dropout_p, backend
         self.scaling = scaling
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
@@ -223,7 +224,7 @@ class RoutedLoRALinear(AdapterLinear):
             )
 
     def extra_repr(self) -> str:
-        path = "merged" if self._merged else choose(self.weight.dtype, self.weight.device, False, self.backend).backend
+        path = "merged" if self._merged else self._path()
         scaling = f"{float(self.scaling):g}" if self.weight.device.type != "meta" else "?"
         routing = "None" if self.routing is None else str(tuple(self.routing.shape))
         frozen = "" if self.frozen_routing is None else ", frozen_routing"
@@ -231,3 +232,11 @@ class RoutedLoRALinear(AdapterLinear):
             f"{super().extra_repr()}, r={self.r}, routing={routing}{frozen}, scaling={scaling}, "
             f"dropout_p={self.dropout_p:g}, path={path}"
         )
+
+    def _path(self) -> str:
+        """The backend of a large batch."""
+        lora_A, lora_B, routing, frozen_routing = self.adapter_tensors()
+        scaling = scaling_tensor(self.scaling, self.weight)
+        tensors = (self.weight, lora_A, lora_B, routing, frozen_routing)
+        projection = Projection(*tensors, None, None, self.bias, None, scaling, None, None)
+        return choose(self.weight.new_empty(1, 1).expand(1 << 30, 1), [projection], self.backend).backend
