@@ -108,11 +108,9 @@ def test_why_triton_is_not_there(monkeypatch):
     assert why(torch.bfloat16, "cuda", 0) == ""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(routed_lora_dispatch, "_why_not_triton", why)
-    assert "not installed" in why(torch.float32, "cpu", None)
+    assert "cannot be imported" in why(torch.float32, "cpu", None)
     assert not {b.name: b for b in ck.info().backends["routed_lora"]}["triton"].available
-    with pytest.raises(
-        ValueError, match="backend='triton' cannot run routed_lora: triton is not installed; use 'auto'"
-    ):
+    with pytest.raises(ValueError, match="backend='triton' cannot run routed_lora: triton cannot be imported: "):
         ck.routed_lora_linear(X, W, A, B, backend="triton")
 
 

@@ -9,7 +9,6 @@ projection; one that is not wanted is an empty tensor.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -43,8 +42,8 @@ def check_named_backend(backend: str) -> None:
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
-    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says that
-    it wins; none ships."""
+    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
+    that it wins; none ships."""
     dtype, device_type = x.dtype, x.device.type
     check_named_backend(backend)
     if backend in ("auto", "native"):
@@ -89,13 +88,9 @@ why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # D
 @cache
 def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
     try:
-        installed = importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules marks it as missing
-        installed = False
-    if not installed:
-        return "triton is not installed"
-    from triton import knobs
-
+        from triton import knobs
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
     if dtype == torch.float64:
         return "its kernels sum in fp32, and the tensors are fp64"
     if device_type == "cpu":

@@ -20,8 +20,6 @@ BLOCK = 64
 BLOCK_OF_RANKS = 32
 """Ranks a program works on at a time: exact fp32 matmuls keep a whole step of both operands in registers."""
 
-NUM_WARPS = 8
-
 
 @triton.jit
 def load_routing(
@@ -94,7 +92,7 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
     packed_A = _rows(j.lora_A, r, K, dtype) if cast_A else None
     packed_C = _rows(j.lora_A, r, N, dtype) if C else None
     live = _rows(j.lora_A, r, N, dtype) if C_live else None
-    tiles_of_A = triton.cdiv(K, BLOCK) if cast_A else 0
+    tiles_of_A, block_r = triton.cdiv(K, BLOCK) if cast_A else 0, block_of_rank(r, BLOCK_OF_RANKS)
     grid = (
         tiles_of_A + (triton.cdiv(N, BLOCK) if C or C_live else 0),
         triton.cdiv(r, block_of_rank(r, BLOCK_OF_RANKS)),
@@ -107,7 +105,7 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
                 scalar_on(j.lora_A.device, j.scaling), *_pitch(packed_A, j.lora_A), *_pitch(packed_C, j.lora_A),
                 *_pitch(live, j.lora_A), N, K, r, tiles_of_A, WANT_C=C, WANT_LIVE=C_live,
                 IDENTITY=j.routing is None or j.bank, FROZEN=frozen[0] is not j.lora_A,
-                BLOCK=BLOCK, BLOCK_R=block_of_rank(r, BLOCK_OF_RANKS), num_warps=NUM_WARPS,
+                BLOCK=BLOCK, BLOCK_R=block_r, num_warps=block_r // 4,
             )  # fmt: skip
     return Packed(packed_A if cast_A else j.lora_A if A else None, packed_C, live)
 
@@ -145,7 +143,7 @@ def _form(dtype: str, out: str, r: int, routing: bool = True, frozen: bool = Fal
         "stride_lr": "i32", "N": "i32", "K": "i32", "r": "i32", "tiles_of_A": "i32", "WANT_C": True, "WANT_LIVE": live,
         "IDENTITY": not routing, "FROZEN": frozen, "BLOCK": BLOCK, "BLOCK_R": block_r,
     }  # fmt: skip
-    return form(pack_kernel, arguments, num_warps=NUM_WARPS, expects=Expects(wgmma=False))
+    return form(pack_kernel, arguments, num_warps=block_r // 4, expects=Expects(wgmma=False))
 
 
 # r×r and r×N operands in fp32, exact; the loop over ranks is short, mostly of one turn.
