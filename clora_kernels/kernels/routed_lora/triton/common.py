@@ -52,6 +52,8 @@ def rounded(value, dtype: tl.constexpr):
         bits = widened(value).to(tl.uint32, bitcast=True)
         nearest = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif value.dtype == tl.float64 and dtype != tl.float64:
+        return value.to(tl.float32).to(dtype)
     else:
         return value.to(dtype)
 
@@ -139,9 +141,10 @@ def scalar_on(device: torch.device, scalar: Tensor) -> Tensor:
 
 @cache
 def _capability(index: int | None) -> tuple[int, int]:
-    """(compute capability as 80 or 90, number of multiprocessors) of a CUDA device."""
+    """(class of compute capability, number of multiprocessors) of a CUDA device. Class 90 has TMA and 227 KiB of shared
+    memory; compute capability 12 has the one but not the other, and takes the tiles of class 80, which need 96 KiB."""
     properties = torch.cuda.get_device_properties(index)
-    return (90 if properties.major >= 9 else 80), properties.multi_processor_count
+    return (90 if properties.major in (9, 10, 11) else 80), properties.multi_processor_count
 
 
 def capability(t: Tensor) -> int:

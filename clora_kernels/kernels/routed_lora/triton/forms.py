@@ -35,7 +35,7 @@ def _is_type(value: Any) -> bool:
 
 def tile_for(op: str, capability: int, dtype: str, r: int, **key: Any) -> Any:
     """The default tile of a large call on an architecture."""
-    return default(Key(op, capability, dtype, 4096, 4096, r, **{"bucket": 9, **key}))
+    return default(Key(op, capability, dtype, 4096, r=r, **{"K": 4096, "bucket": 9, **key}))
 
 
 def launch(tile: LinearTile | ShrinkTile | ReduceTile, architecture: int, expects: Expects) -> dict[str, Any]:

@@ -68,11 +68,22 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
             *descriptors, *depths, *low, *outer, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
         )
         return
-    linear_kernel[grid](
-        tuple(a for a, _ in products), tuple(a.stride(0) for a, _ in products), tuple(a.stride(1) for a, _ in products),
-        tuple(b for _, b in products), tuple(b.stride(0) for _, b in products), tuple(b.stride(1) for _, b in products),
-        tuple(b.shape[0] for _, b in products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared,
-    )  # fmt: skip
+    linear_kernel[grid](*_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
+
+
+def _by_pointers(products: Products) -> tuple[tuple[Any, ...], ...]:
+    """The products as the kernel without descriptors takes them, a tuple for each kind of argument."""
+    if not products:  # no launch takes an empty tuple
+        return (None,), (0,), (0,), (None,), (0,), (0,), (0,)
+    return (
+        tuple(a for a, _ in products),
+        tuple(a.stride(0) for a, _ in products),
+        tuple(a.stride(1) for a, _ in products),
+        tuple(b for _, b in products),
+        tuple(b.stride(0) for _, b in products),
+        tuple(b.stride(1) for _, b in products),
+        tuple(b.shape[0] for _, b in products),
+    )
 
 
 def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:

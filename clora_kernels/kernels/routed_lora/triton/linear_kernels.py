@@ -180,7 +180,8 @@ def _form(
     """A launch of ``linear``: as in forward, or with dx as in backward, where b is not transposed; products of 0 is the
     adapter alone; rows: bucket of M; strided: no stride is 1."""
     terms = max(products, 1)
-    tile = tile_for("linear", architecture, dtype, r, terms=terms, dropout=masked, tma=tma, bucket=rows)
+    K = 4096 if products else 0
+    tile = tile_for("linear", architecture, dtype, r, K=K, terms=terms, dropout=masked, tma=tma, bucket=rows)
     block_r = min(max(r, 16), most_ranks(4 if dtype == "fp32" else 2))
     one, seed = "i32" if strided else 1, "*i64" if masked else None
     low = {
@@ -202,11 +203,12 @@ def _form(
         arguments |= {name: f"tensordesc<{dtype}{[*shapes[name[0]]]}>" for name in names}
         arguments |= {"depth": "i32", "depth_1": "i32", "depth_2": "i32", "B_TRANSPOSED": not dx}
     else:
+        a = f"*{dtype}" if products else None
         of_products = {
-            "a_ptrs": f"*{dtype}", "strides_am": "i32", "strides_ak": one, "b_ptrs": f"*{dtype}",
+            "a_ptrs": a, "strides_am": "i32", "strides_ak": one, "b_ptrs": a,
             "strides_bk": "i32" if dx else one, "strides_bn": one if dx else "i32", "depths": "i32",
         }  # fmt: skip
-        arguments |= {k: (v,) * products for k, v in of_products.items()} | {"y_ptr": base or f"*{dtype}"}
+        arguments |= {k: (v,) * terms for k, v in of_products.items()} | {"y_ptr": base or f"*{dtype}"}
         once += ("a_ptrs", "b_ptrs") if strided else ()  # asynchronous copies move 4 bytes at least
     expects = Expects(wgmma=dtype != "fp32", single_buffered=once, tf32=precision == "tf32")
     return form(linear_tma_kernel if tma else linear_kernel, arguments, **launch(tile, architecture, expects))
@@ -230,6 +232,7 @@ COMPILATIONS = [
             ("bf16", 64, 0, {}),
             ("bf16", 16, 0, {"base": "*bf16"}),
             ("bf16", 64, 0, {"base": "*fp32"}),
+            ("bf16", 64, 0, {"dx": True, "masked": True}),
             ("fp16", 64, 1, {"bias": "*fp16"}),
             ("fp32", 16, 1, {"bias": "*fp32"}),
             ("fp32", 16, 1, {"precision": "tf32"}),
@@ -250,7 +253,7 @@ COMPILATIONS = [
             ("bf16", 16, 1, {"dx": True, "masked": True}),
             ("bf16", 16, 1, {"dx": True, "masked": True, "rows": 0}),
             ("bf16", 256, 1, {"dx": True, "masked": True}),
-            ("bf16", 16, 2, {"dx": True}),
+            ("bf16", 32, 3, {"dx": True}),
             ("bf16", 64, 3, {"dx": True}),
             ("bf16", 16, 2, {"dx": True, "masked": True}),
             ("bf16", 64, 3, {"dx": True, "masked": True}),

@@ -113,14 +113,18 @@ def _linear(key: Key) -> LinearTile:
     if key.capability == INTERPRETER:
         return LinearTile(16, 16, 16, group_m=2)
     several_masks = key.dropout and key.terms > 2
+    if key.K == 0:  # the adapter alone: the loop over tiles is the one whose loads run ahead
+        return LinearTile(64, 64 if key.dropout else 128, 32, num_warps=8, num_stages=2, per_sm=2)
     if key.dtype == "fp32":
         return LinearTile(64, 32 if key.dropout and (several_masks or key.r > 32) else 64, 32, num_warps=8)
     if key.bucket <= 2:
         return LinearTile(64, 64 if key.dropout else 128, 64, num_warps=4, num_stages=3, per_sm=2)
     if key.dropout:  # masks cost registers: each is made for the whole tile at once
         return LinearTile(128, 64 if several_masks else 128, 64 if key.tma else 32, num_warps=8, num_stages=4)
-    if key.tma:
+    if key.tma and (key.terms == 1 or key.r <= 32):
         return LinearTile(128, 256, 64, num_warps=8, flatten=key.r <= 16 and key.terms == 1)
+    if key.tma:
+        return LinearTile(128, 128, 64, num_warps=8, num_stages=4)
     return LinearTile(128, 128, 32, num_warps=8, num_stages=4)
 
 
