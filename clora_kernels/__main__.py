@@ -1,4 +1,4 @@
-"""``python -m clora_kernels info`` and ``python -m clora_kernels selftest``."""
+"""``python -m clora_kernels info``, ``python -m clora_kernels selftest`` and ``python -m clora_kernels kernels``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from .kernels import aot
 from .report import info
 from .selftest import selftest
 
@@ -18,10 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, devices, compiled parts and backends, and why one is missing")
     test = commands.add_parser("selftest", help="parity, adapter fidelity and speed on this machine, in 20 seconds")
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    aot.add_arguments(
+        commands.add_parser("kernels", help="compile the Triton kernels for GPUs that need not be here, and judge them")
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         print(info())
         return 0
+    if arguments.command == "kernels":
+        return aot.run(arguments)
     try:
         device = torch.device(arguments.device)
         torch.empty(0, device=device)

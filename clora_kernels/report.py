@@ -116,12 +116,17 @@ def _devices() -> list[str]:
 
 
 def _routed_lora() -> list[Availability]:
-    missing = dict(routed_lora_dispatch.MISSING)
+    missing = {}
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := routed_lora_dispatch.why_not_triton(torch.float32, device_type, None):
+        missing["triton"] = reason
     if not extension.has_op("routed_lora_lay_down", "cpu"):
         missing["native"] = "the compiled part cpu is not there: see above"
     there = {
         "reference": "plain PyTorch, any device",
         "aten": "ATen matmuls, any device",
+        "triton": "fused kernels; fp32, bf16, fp16 "
+        + ("on CUDA tensors" if device_type == "cuda" else "in Triton's interpreter, for proof and not for speed"),
         "native": "compiled operators, plain layers on a CPU",
     }
     return [

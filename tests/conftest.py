@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from clora_kernels import extension
+
+# Without a GPU the Triton kernels run under Triton's interpreter, which must be known before they are decorated. What
+# compiles them does so in a process of its own, without this.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Derandomised: a failure belongs to the commit that shows it. `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
@@ -60,3 +67,15 @@ def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch:
     elif not extension.has_op("dropout_mask", device.type):
         pytest.skip(f"the dropout mask is not compiled for {device.type}: {extension.status()}")
     return request.param
+
+
+@pytest.fixture
+def with_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the Triton kernels of routed LoRA run with the given tiles, whatever the call."""
+    from clora_kernels.kernels.routed_lora.triton import tiles
+
+    def use(linear: Any = None, shrink: Any = None, reduce: Any = None) -> None:
+        chosen, before = {"linear": linear, "shrink": shrink, "reduce": reduce}, tiles.default
+        monkeypatch.setattr(tiles, "default", lambda key: chosen[key.op] or before(key))
+
+    return use

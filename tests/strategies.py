@@ -32,6 +32,17 @@ def call(x: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> 
     return routed_lora_linear(x, weight, *args, **kwargs)
 
 
+def fused(*args: Any, **kwargs: Any) -> Tensor:
+    """The same by the Triton kernels."""
+    return call(*args, **kwargs, backend="triton")
+
+
+def made(*sizes: Any, dtypes: str = "fp32", **options: Any) -> dict[str, Any]:
+    """``make_inputs`` in dtypes by the names of ``DTYPES``."""
+    dtype, adapter_dtype = DTYPES[dtypes]
+    return make_inputs(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, **options)
+
+
 def dy_for(inputs: dict[str, Any], layout: str = "contiguous", seed: int = 7) -> Tensor:
     """A random gradient for the output of a call."""
     x, base = inputs["x"], inputs.get("base_output")

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import ttgir
 
 from clora_kernels.kernels import declared as registry
+from clora_kernels.kernels import ttgir
 from clora_kernels.kernels.declared import Compilation, Expects, declared
 
 TESTS = Path(__file__).parent
@@ -22,7 +22,7 @@ def run_aot(*arguments: str, path: Path = TESTS) -> subprocess.CompletedProcess:
     """In a process of its own: under TRITON_INTERPRET, which the tests may have set, nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(path), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "aot.py"), *arguments]
+    command = [sys.executable, "-m", "clora_kernels", "kernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

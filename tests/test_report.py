@@ -10,6 +10,7 @@ from torch import nn
 import clora_kernels as ck
 from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
 from clora_kernels.__main__ import main
+from clora_kernels.dispatch import routed_lora as routed_lora_dispatch
 from clora_kernels.dispatch.choice import BACKENDS
 from clora_kernels.selftest import selftest
 from clora_kernels.testing import dispatched
@@ -17,7 +18,7 @@ from clora_kernels.testing import dispatched
 X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
 
 
-def test_info_tells_versions_devices_parts_and_backends():
+def test_info_tells_versions_devices_parts_and_backends(device):
     info = ck.info()
     assert info.versions["torch"] == torch.__version__ and info.versions["clora_kernels"] == ck.__version__
     assert [part.name for part in info.parts] == ["cpu", "cuda"]
@@ -25,13 +26,14 @@ def test_info_tells_versions_devices_parts_and_backends():
         assert part.available == (status.state == "loaded") and status.detail in part.reason
     backends = {b.name: b for b in info.backends["routed_lora"]}
     assert set(backends) == set(BACKENDS) - {"auto"}
+    tensors = [t.to(device) for t in (X, W, A, B)]
     for name, backend in backends.items():
         assert backend.reason
         if backend.available:
-            assert ck.explain(ck.routed_lora_linear, X, W, A, B, backend=name).backend == name
+            assert ck.explain(ck.routed_lora_linear, *tensors, backend=name).backend == name
         else:
             with pytest.raises(ValueError, match=f"backend='{name}' cannot run routed_lora: "):
-                ck.routed_lora_linear(X, W, A, B, backend=name)
+                ck.routed_lora_linear(*tensors, backend=name)
     assert all(line in str(info) for line in (torch.__version__, "routed_lora", "compiled parts"))
 
 
@@ -95,6 +97,25 @@ def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch)
     monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
     wrong = selftest(device)
     assert not any(case.ok for case in wrong.cases) and not wrong.ratios and "15 failed" in str(wrong)
+
+
+def test_why_triton_is_not_there(monkeypatch):
+    """Each reason, and that the call gives it."""
+    why = routed_lora_dispatch._why_not_triton.__wrapped__
+    assert "fp64" in why(torch.float64, "cuda", 0) and "meta" in why(torch.float32, "meta", None)
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert "TRITON_INTERPRET=1" in why(torch.float32, "cpu", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "7.5" in why(torch.float32, "cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert why(torch.bfloat16, "cuda", 0) == ""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(routed_lora_dispatch, "_why_not_triton", why)
+    assert "cannot be imported" in why(torch.float32, "cpu", None)
+    assert not {b.name: b for b in ck.info().backends["routed_lora"]}["triton"].available
+    with pytest.raises(ValueError, match="backend='triton' cannot run routed_lora: triton cannot be imported: "):
+        ck.routed_lora_linear(X, W, A, B, backend="triton")
 
 
 def test_command_line(capsys, monkeypatch):

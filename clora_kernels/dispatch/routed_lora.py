@@ -25,18 +25,25 @@ from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 
-MISSING = {"triton": "this version has no Triton kernels for it; use 'auto' or 'aten'"}
-_PRIMITIVES: dict[str, Primitives] = {"aten": aten}
+
+def _primitives(backend: str) -> Primitives:
+    """The module of a backend that was chosen; Triton is imported where it runs."""
+    if backend == "triton":
+        from ..kernels.routed_lora import triton
+
+        return triton
+    return aten
 
 
 def check_named_backend(backend: str) -> None:
     """ValueError unless routed LoRA has a backend of that name."""
-    check_backend("routed_lora", backend, MISSING)
+    check_backend("routed_lora", backend, {})
 
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
-    else ``aten``, the only backend that is proved on every device."""
+    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
+    that it wins; none ships."""
     dtype, device_type = x.dtype, x.device.type
     check_named_backend(backend)
     if backend in ("auto", "native"):
@@ -45,7 +52,9 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
             return _choice("native", dtype, device_type, False, backend)
-    chosen = "reference" if backend == "reference" else "aten"
+    if backend == "triton" and (why_not := why_not_triton(dtype, device_type, x.device.index)):
+        raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
+    chosen = backend if backend in ("reference", "triton") else "aten"
     return _choice(chosen, dtype, device_type, projections[0].base_output is not None, backend)
 
 
@@ -57,6 +66,8 @@ def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: 
     if chosen == "native":
         strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
         return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
+    if chosen == "triton":
+        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", named)
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
@@ -64,6 +75,32 @@ def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: 
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
     return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
+
+
+def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
+    """Why the Triton kernels cannot run such a tensor; empty if they can."""
+    return _why_not_triton(dtype, device_type, device_index)
+
+
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo can trace neither it nor a cache
+
+
+@cache
+def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if dtype == torch.float64:
+        return "its kernels sum in fp32, and the tensors are fp64"
+    if device_type == "cpu":
+        return "" if knobs.runtime.interpret else "its kernels run on a GPU (on the CPU only under TRITON_INTERPRET=1)"
+    if device_type != "cuda" or torch.version.hip:
+        return f"its kernels run on NVIDIA GPUs, not on {'rocm' if torch.version.hip else device_type}"
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if major < 8 and not knobs.runtime.interpret:
+        return f"its kernels need compute capability 8.0, and the GPU has {major}.{minor}"
+    return ""
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
@@ -120,7 +157,7 @@ def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[
         if backend == "native":
             ys, kept = layer.forward(x, projections[0])
         else:
-            ys, kept = forward(_PRIMITIVES[backend], x, [_in_bounds(j) for j in projections])
+            ys, kept = forward(_primitives(backend), x, [_in_bounds(j) for j in projections])
     return ys + kept
 
 
@@ -140,7 +177,7 @@ def run_backward(
             dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
         else:
             bounded = [_in_bounds(j) for j in projections]
-            dx, of_projections = backward(_PRIMITIVES[backend], dys, x, bounded, kept, need_x, needs, dtype)
+            dx, of_projections = backward(_primitives(backend), dys, x, bounded, kept, need_x, needs, dtype)
     return [dx] + [g for of_one in of_projections for g in of_one]
 
 

@@ -49,7 +49,8 @@ class Compilation:
 
     kernel: the ``triton.jit`` function.
     signature: the type of every argument that is not constant, as Triton writes it: "*bf16", "i32",
-        "tensordesc<bf16[128, 64]>".
+        "tensordesc<bf16[128, 64]>"; of a tuple, a tuple of the types of its entries, with the value of one that is
+        constant in its place.
     constants: the value of every other argument, the ``tl.constexpr`` ones among them.
     unaligned: arguments that are not multiples of 16 (a pointer: of 16 bytes); all others are compiled as if they were.
     architectures: the compute capabilities this form is for.
@@ -61,7 +62,7 @@ class Compilation:
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[Any, ...]]
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3

@@ -1,2 +1,2 @@
-"""How routed LoRA is computed: ``algebra`` is the algorithm, written once; ``aten`` its three primitives on ATen
-matmuls."""
+"""How routed LoRA is computed: ``algebra`` is the algorithm, written once over five primitives; ``aten`` brings them as
+ATen matmuls, ``triton`` as fused kernels."""

@@ -1,6 +1,6 @@
 """Compiles the declared Triton kernels for GPUs that need not be there, and judges what came out.
 
-    python tests/aot.py [--package clora_kernels.kernels] [--json]
+    python -m clora_kernels kernels [--package clora_kernels.kernels] [--json]
 
 prints a line for each kernel and architecture: registers, spilled bytes, shared memory, instructions, buffers; and ends
 with status 1 if one fails: it does not compile, spills, needs more shared memory than the chip has, multiplies on sm_90
@@ -15,16 +15,14 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-import ttgir
-
-from clora_kernels.kernels.declared import SHARED_MEMORY, Compilation, declared
+from . import ttgir
+from .declared import SHARED_MEMORY, Compilation, declared
 
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "cp.async.ca", ".tf32")
 TENSOR_CORES = INSTRUCTIONS[:2]
@@ -53,14 +51,21 @@ def compile_for(compilation: Compilation, architecture: int) -> Any:
     from triton.compiler import ASTSource
 
     names = compilation.kernel.arg_names
-    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith(("*", "i", "u")) and name not in compilation.unaligned
-    }
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = dict(compilation.constants)
+    aligned = {}
+    for i, name in enumerate(names):
+        kind = compilation.signature.get(name, "constexpr")
+        for place, one in [((i, j), k) for j, k in enumerate(kind)] if isinstance(kind, tuple) else [((i,), kind)]:
+            if not isinstance(one, str):
+                constants[place] = one
+            elif one.startswith(("*", "i", "u")) and name not in compilation.unaligned:
+                aligned[place] = [["tt.divisibility", 16]]
+        signature[name] = (
+            tuple(k if isinstance(k, str) else "constexpr" for k in kind) if isinstance(kind, tuple) else kind
+        )
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
-    source = ASTSource(compilation.kernel, signature, dict(compilation.constants), aligned)
+    source = ASTSource(compilation.kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -90,13 +95,19 @@ def judge(compilation: Compilation, architecture: int) -> Report:
         report.failures["buffers"] = "the matmuls in the PTX are not found in the TTGIR"
     for _, reads in graph.loop_reads():
         for read in sorted(reads, key=str):
-            report.buffers[read.argument] = min(read.buffers, report.buffers.get(read.argument, read.buffers))
+            name = _argument(read.argument, compilation)
+            report.buffers[name] = min(read.buffers, report.buffers.get(name, read.buffers))
         if not reads:
             report.failures["buffers"] = "what a matmul reads in its loop is not found in the TTGIR"
     single = [name for name, buffers in report.buffers.items() if buffers < 2 and name not in expects.single_buffered]
     if single:
         report.failures["buffers"] = f"a single buffer for {', '.join(sorted(single))} in a loop"
     return report
+
+
+def _argument(name: str, compilation: Compilation) -> str:
+    """The argument of that name in the TTGIR, where the entries of a tuple ``x`` are called x, x_0, x_1."""
+    return name if name in compilation.signature else re.sub(r"_\d+$", "", name)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -142,11 +153,14 @@ def row(report: Report) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--package", default="clora_kernels.kernels", help="where COMPILATIONS are gathered")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a line for each compilation; returns the exit status: 1 if one failed."""
     reports = judge_all(options.package)
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))
@@ -158,7 +172,3 @@ def main() -> int:
         failed = sum(bool(report.failures) for report in reports)
         print(f"{len(reports)} compilations of {options.package}, {failed} failed")
     return int(any(report.failures for report in reports))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,134 @@
+"""``linear``: the large output, frozen products and low-rank terms in one fp32 sum that is rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..algebra import Dropout
+from .common import block_of_rank, capability, on_device_of, precision, programs, scalar_on
+from .linear_kernels import linear_kernel, linear_tma_kernel, most_ranks
+from .tiles import INTERPRETER, LinearTile, key_of, look_up
+
+MOST_DESCRIBED = 3
+"""Products the kernel with descriptors takes: those of q, k and v."""
+
+TMA_CLASSES = {90, INTERPRETER}
+"""Classes of compute capability whose tiles come by TMA; the interpreter plays it."""
+
+Products = list[tuple[Tensor, Tensor]]
+LowRank = list[tuple[Tensor, Tensor, Dropout | None]]
+
+
+def linear(
+    products: Products, low_rank: LowRank, bias: Tensor | None = None, base_output: Tensor | None = None
+) -> Tensor:
+    """Σ a_i·b_i + Σ mask_j ⊙ (q_j·C_j) + bias + base_output [M, N], in base_output's dtype or that of the operands.
+
+    a [M, K], b [K, N], q [M, r] and C [r, N] of one dtype, any strides; bias [N] and base_output [M, N] of any. The sum
+    is fp32 throughout. No scratch. From compute capability 9.0 on tiles come and go by TMA where layout and alignment
+    allow it (see ``can_describe``), elsewhere by pointers.
+    """
+    q, C, _ = low_rank[0]
+    M, N = q.shape[0], C.shape[1]
+    y = torch.empty((M, N), dtype=q.dtype if base_output is None else base_output.dtype, device=q.device)
+    if y.numel():
+        with on_device_of(q):
+            _launch(products, low_rank, bias, base_output, y)
+    return y
+
+
+def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor) -> None:
+    (M, N), q = y.shape, low_rank[0][0]
+    r, terms = max(C.shape[0] for _, C, _ in low_rank), max(len(products), len(low_rank))
+    K = max([b.shape[0] for _, b in products], default=0)
+    masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
+    tma = kind in TMA_CLASSES and can_describe(products, y)
+    tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, terms, masked, tma))
+    block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
+    shared = dict(
+        TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
+        FLATTEN=tile.flatten, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    grid = (min(tile.per_sm * programs(y), tiles),)
+    low = _terms(low_rank, y.device)
+    outer = (
+        bias, 0 if bias is None else bias.stride(0),
+        base_output, *((0, 0) if base_output is None else base_output.stride()),
+    )  # fmt: skip
+    if tma:
+        descriptors, depths, transposed = describe(products, y, tile)
+        linear_tma_kernel[grid](
+            *descriptors, *depths, *low, *outer, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
+        )
+        return
+    linear_kernel[grid](*_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
+
+
+def _by_pointers(products: Products) -> tuple[tuple[Any, ...], ...]:
+    """The products as the kernel without descriptors takes them, a tuple for each kind of argument."""
+    if not products:  # no launch takes an empty tuple
+        return (None,), (0,), (0,), (None,), (0,), (0,), (0,)
+    return (
+        tuple(a for a, _ in products),
+        tuple(a.stride(0) for a, _ in products),
+        tuple(a.stride(1) for a, _ in products),
+        tuple(b for _, b in products),
+        tuple(b.stride(0) for _, b in products),
+        tuple(b.stride(1) for _, b in products),
+        tuple(b.shape[0] for _, b in products),
+    )
+
+
+def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:
+    """The low-rank terms as the kernels take them, a tuple for each kind of argument."""
+    dropout = [d for _, _, d in low_rank]
+    return (
+        tuple(q for q, _, _ in low_rank),
+        tuple(q.stride(0) for q, _, _ in low_rank),
+        tuple(q.stride(1) for q, _, _ in low_rank),
+        tuple(C for _, C, _ in low_rank),
+        tuple(C.stride(0) for _, C, _ in low_rank),
+        tuple(C.stride(1) for _, C, _ in low_rank),
+        tuple(C.shape[0] for _, C, _ in low_rank),
+        tuple(None if d is None else d.seed for d in dropout),
+        tuple(None if d is None else scalar_on(device, d.threshold) for d in dropout),
+    )
+
+
+def can_describe(products: Products, y: Tensor) -> bool:
+    """Whether TMA takes every a, b and y: the last stride 1, the base and the other stride multiples of 16 bytes. All b
+    must lie alike, [K, N] or transposed [N, K], and y must have their dtype."""
+    if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype or not _is_described(y):
+        return False
+    transposed = products[0][1].stride(1) != 1
+    return all(_is_described(a) and _is_described(b.mT if transposed else b) for a, b in products)
+
+
+def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], list[int], bool]:
+    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether
+    each b is read as [N, K] and transposed."""
+    transposed = products[0][1].stride(1) != 1
+    block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+    found, depths = [], []
+    for a, b in products:
+        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(b.mT if transposed else b, block)]
+        depths.append(b.shape[0])
+    missing = MOST_DESCRIBED - len(products)
+    descriptors = [*found, *found[-2:] * missing, _descriptor(y, [tile.block_m, tile.block_n])]
+    return descriptors, depths + [0] * missing, transposed
+
+
+def _is_described(t: Tensor) -> bool:
+    size, row = t.element_size(), t.stride(0)
+    return t.numel() > 0 and t.stride(1) == 1 and row >= t.shape[1] and row * size % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, [*t.shape], [*t.stride()], block)
