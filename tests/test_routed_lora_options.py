@@ -105,7 +105,7 @@ def test_bank_is_each_sample_by_its_own_routing(device, index_dtype):
 def test_bank_beyond_its_scratch_runs_in_blocks(device, monkeypatch):
     """A batch whose r×r matrices exceed the scratch is cut into blocks of samples, with the same result."""
     inputs = make_inputs((7, 3), bank=3, frozen=True, gate=(5,), device=device)
-    monkeypatch.setattr("clora_kernels.kernels.routed_lora.algebra.BANK_SCRATCH_BYTES", 2 * 4 * 5 * 5)
+    monkeypatch.setattr("clora_kernels.kernels.routed_lora.banks.SCRATCH_BYTES", 2 * 4 * 5 * 5)
     assert_parity(call, inputs, dy=dy_for(inputs))
 
 

@@ -33,7 +33,7 @@ RANK = {part: rank for rank, part in enumerate([*PARTS, "users", *ENTRIES])}
 OPERATIONS = ["routed_lora"]
 SHARED = {  # files that serve several operations, or tests, beside the ones that bear an operation's name
     "reference": {"dropout_mask"},
-    "kernels": {"dropout_mask", "cpu_matmul", "declared", "aot", "ttgir"},
+    "kernels": {"dropout_mask", "cpu_matmul", "views", "declared", "aot", "ttgir"},
     "dispatch": {"choice"},
     "autograd": {"dropout_mask"},
     "modules": {"adapter", "inject"},

@@ -78,7 +78,13 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if _goes_to_onednn(a, b):
         # a bias with gaps would be read as if it had none
         return _by_onednn(a, b, None if bias is None else bias.contiguous())
-    if bias is None and b.shape[1] <= _NARROW and a.shape[1] <= _LONGEST_NARROW_SUM and a.dtype == torch.float32:
+    if (
+        bias is None
+        and a.device.type == "cpu"
+        and b.shape[1] <= _NARROW
+        and a.shape[1] <= _LONGEST_NARROW_SUM
+        and a.dtype == torch.float32
+    ):
         return (b.mT @ a.mT).mT.contiguous()
     return a @ b if bias is None else torch.addmm(bias, a, b)
 

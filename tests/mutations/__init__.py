@@ -16,6 +16,7 @@ from .routed_lora_modules import MODULES
 from .routed_lora_native import NATIVE
 from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
+from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -26,6 +27,7 @@ MUTANTS: list[Mutant] = [
     *PACK,
     *ATEN,
     *CPU_MATMUL,
+    *VIEWS,
     *DISPATCH,
     *AUTOGRAD,
     *EAGER,

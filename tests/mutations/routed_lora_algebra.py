@@ -58,8 +58,8 @@ ALGEBRA = mutants_of(
         (
             "gate-forgotten-in-dx",
             "dx without the gate",
-            "Term(packed.C, dropout, False, gate, need.gate, whole)",
-            "Term(packed.C, dropout, False, None, need.gate, whole)",
+            "Term(packed.C, dropout, False, gate, need.gate, reads_g)",
+            "Term(packed.C, dropout, False, None, need.gate, reads_g)",
         ),
         (
             "gate-forgotten-in-dA",
@@ -89,8 +89,8 @@ ALGEBRA = mutants_of(
         (
             "kept-value-skipped-in-dx",
             "kept elements are not scaled up in dx",
-            "Term(packed.C, dropout, False, gate, need.gate, whole)",
-            "Term(packed.C, None, False, gate, need.gate, whole)",
+            "Term(packed.C, dropout, False, gate, need.gate, reads_g)",
+            "Term(packed.C, None, False, gate, need.gate, reads_g)",
         ),
         (
             "kept-value-skipped-in-dA",

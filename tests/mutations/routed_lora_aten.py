@@ -72,8 +72,8 @@ ATEN = mutants_of(
         (
             "low-rank-mask-skipped",
             "the adapter's part of dx is not masked",
-            "part = part if d is None else part.mul_(_kept(block, y.shape[1], d))",
-            "part = part",
+            "y[block].add_(part if d is None else part.mul_(_kept(block, y.shape[1], d)))",
+            "y[block].add_(part)",
         ),
         (
             "low-rank-mask-skipped-in-fp32",
@@ -90,8 +90,8 @@ ATEN = mutants_of(
         (
             "low-rank-mask-inverted",
             "the adapter's part of dx is masked where x was kept",
-            "part = part if d is None else part.mul_(_kept(block, y.shape[1], d))",
-            "part = part if d is None else part.mul_(1 - _kept(block, y.shape[1], d))",
+            "part = part if d is None else part.mul_(_kept(block, C.shape[1], d))",
+            "part = part if d is None else part.mul_(1 - _kept(block, C.shape[1], d))",
         ),
         (
             "mask-of-the-first-block",
@@ -156,8 +156,8 @@ ATEN = mutants_of(
         (
             "shrink-in-another-order",
             "p of one layer of a group is that of another",
-            "torch.cat(small).mT if len(small) > 1",
-            "torch.cat(small[::-1]).mT if len(small) > 1",
+            "_matmul_unrounded(big, _stacked(small).mT)",
+            "_matmul_unrounded(big, _stacked(small[::-1]).mT)",
         ),
         (
             "reduce-of-the-last-block",

@@ -126,20 +126,20 @@ _FUNCTIONS = mutants_of(
         (
             "autocast-weight-not-cast",
             "under autocast the weight keeps its dtype",
-            "weight = a.weight.to(dtype) if a.weight is not None and",
-            "weight = a.weight.to(a.weight.dtype) if a.weight is not None and",
+            "weight = _autocast(a.weight, device_type) if",
+            "weight = a.weight if",
         ),
         (
             "autocast-ignored",
             "autocast does not reach the layer",
-            "    if autocast_is_on(x.device.type) and x.dtype != torch.float64:",
-            "    if autocast_is_on(x.device.type) and x.dtype == torch.float64:",
+            "x = _autocast(x, device_type) if autocast else x",
+            "x = x if autocast else x",
         ),
         (
             "autocast-casts-fp64",
             "autocast casts fp64 down",
-            "    if autocast_is_on(x.device.type) and x.dtype != torch.float64:",
-            "    if autocast_is_on(x.device.type):",
+            "return t if t.dtype == torch.float64 else t.to(",
+            "return t.to(",
         ),
         (
             "training-ignored",

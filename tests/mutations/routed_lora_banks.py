@@ -2,7 +2,7 @@
 
 from .mutant import NUMBERS, mutants_of
 
-BANKS = mutants_of(
+_IN_ALGEBRA = mutants_of(
     "clora_kernels/kernels/routed_lora/algebra.py",
     "algebra",
     NUMBERS,
@@ -14,70 +14,40 @@ BANKS = mutants_of(
             'dB = U["live"].mT.to(',
         ),
         (
-            "bank-index-off-by-one",
-            "each sample takes the next routing",
-            "R.index_select(0, index[b])",
-            "R.index_select(0, (index[b] + 1) % R.shape[0])",
-        ),
-        (
             "bank-skipped-in-y",
             "y without the routings of a bank",
-            "q = _per_sample(q, total_routing(j, acc), j.routing_index).to(dtype)",
+            "q = per_sample(q, total_routing(j, acc), j.routing_index).to(dtype)",
             "q = q.to(dtype)",
         ),
         (
             "bank-frozen-forgotten-in-dx",
             "dx of a bank without the frozen routings",
-            "h = _per_sample(h_prime, total.mT, index)",
-            "h = _per_sample(h_prime, live.mT, index)",
+            "h = per_sample(h_prime, total.mT, index)",
+            "h = per_sample(h_prime, live.mT, index)",
         ),
         (
             "bank-transposed-in-dx",
             "dx of a bank through transposed routings",
-            "h = _per_sample(h_prime, total.mT, index)",
-            "h = _per_sample(h_prime, total, index)",
+            "h = per_sample(h_prime, total.mT, index)",
+            "h = per_sample(h_prime, total, index)",
         ),
         (
             "bank-transposed-in-dA",
             "dA of a bank through transposed routings",
-            "apply_gate(_per_sample(h_prime, live.mT, index)",
-            "apply_gate(_per_sample(h_prime, live, index)",
+            "apply_gate(per_sample(h_prime, live.mT, index)",
+            "apply_gate(per_sample(h_prime, live, index)",
         ),
         (
             "bank-frozen-reaches-dB",
             "dB of a bank through the whole routings",
-            'small["live"] = _per_sample(q, live, index)',
-            'small["live"] = _per_sample(q, total, index)',
+            'small["live"] = per_sample(q, live, index)',
+            'small["live"] = per_sample(q, total, index)',
         ),
         (
             "bank-frozen-forgotten-in-dscaling",
             "the gradient of scaling of a bank without the frozen routings",
-            'small["total"] = _per_sample(q, total, index)',
-            'small["total"] = _per_sample(q, live, index)',
-        ),
-        (
-            "bank-dR-transposed",
-            "dR of a bank is transposed",
-            "(q[b].mT @ h_prime[b]).reshape(-1, r * r)",
-            "(h_prime[b].mT @ q[b]).reshape(-1, r * r)",
-        ),
-        (
-            "bank-dR-off-by-one",
-            "dR of a bank goes to the next routing",
-            "one_hot = (torch.arange(T, device=q.device)[:, None] == index)",
-            "one_hot = (torch.arange(T, device=q.device)[:, None] == (index + 1) % T)",
-        ),
-        (
-            "bank-dR-of-the-last-block",
-            "dR of a bank keeps only its last block of samples",
-            "dR.addmm_(one_hot[:, b],",
-            "dR = torch.mm(one_hot[:, b],",
-        ),
-        (
-            "bank-sample-lost-between-blocks",
-            "blocks of samples leave one out",
-            "yield slice(start, start + size)",
-            "yield slice(start, start + max(size - 1, 1))",
+            'small["total"] = per_sample(q, total, index)',
+            'small["total"] = per_sample(q, live, index)',
         ),
         (
             "needs-h-for-bank-dR",
@@ -142,8 +112,8 @@ BANKS = mutants_of(
         (
             "bank-frozen-forgotten-in-y",
             "y of a bank without the frozen routings",
-            "q = _per_sample(q, total_routing(j, acc), j.routing_index)",
-            "q = _per_sample(q, j.routing.to(acc), j.routing_index)",
+            "q = per_sample(q, total_routing(j, acc), j.routing_index)",
+            "q = per_sample(q, j.routing.to(acc), j.routing_index)",
         ),
         (
             "bank-q-rounded-before-routing",
@@ -171,3 +141,43 @@ BANKS = mutants_of(
         ),
     ],
 )
+
+_SMALL_PRODUCTS = mutants_of(
+    "clora_kernels/kernels/routed_lora/banks.py",
+    "algebra",
+    NUMBERS,
+    [
+        (
+            "bank-index-off-by-one",
+            "each sample takes the next routing",
+            "R.index_select(0, index[b])",
+            "R.index_select(0, (index[b] + 1) % R.shape[0])",
+        ),
+        (
+            "bank-dR-transposed",
+            "dR of a bank is transposed",
+            "(q[b].mT @ h_prime[b]).reshape(-1, r * r)",
+            "(h_prime[b].mT @ q[b]).reshape(-1, r * r)",
+        ),
+        (
+            "bank-dR-off-by-one",
+            "dR of a bank goes to the next routing",
+            "one_hot = (torch.arange(T, device=q.device)[:, None] == index)",
+            "one_hot = (torch.arange(T, device=q.device)[:, None] == (index + 1) % T)",
+        ),
+        (
+            "bank-dR-of-the-last-block",
+            "dR of a bank keeps only its last block of samples",
+            "dR.addmm_(one_hot[:, b],",
+            "dR = torch.mm(one_hot[:, b],",
+        ),
+        (
+            "bank-sample-lost-between-blocks",
+            "blocks of samples leave one out",
+            "yield slice(start, start + size)",
+            "yield slice(start, start + max(size - 1, 1))",
+        ),
+    ],
+)
+
+BANKS = _IN_ALGEBRA + _SMALL_PRODUCTS

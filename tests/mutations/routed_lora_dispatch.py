@@ -61,14 +61,14 @@ DISPATCH = mutants_of(
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            '    check_backend("routed_lora", backend, MISSING)\n',
+            '    check_backend("routed_lora", backend, {})\n',
             "",
         ),
         (
             "reference-taken-for-aten",
             "backend='reference' runs aten",
-            'if backend == "reference":',
-            'if backend == "plain":',
+            'backend in ("reference", "triton") else',
+            'backend in ("plain", "triton") else',
         ),
         (
             "fake-dtype-of-q",

@@ -28,8 +28,8 @@ NEEDS = mutants_of(
         (
             "needs-h-for-dgate",
             "h is not made where only the gate learns",
-            "whole = need_x or need.gate or (",
-            "whole = need_x or (",
+            "whole = reads_g or need.gate",
+            "whole = reads_g",
         ),
         (
             "keeps-q-beside-a-gate",
@@ -64,8 +64,8 @@ NEEDS = mutants_of(
         (
             "asks-for-h-always",
             "backward asks for h where no gate learns",
-            "gate, need.gate, whole)",
-            "gate, True, whole)",
+            "gate, need.gate, reads_g)",
+            "gate, True, reads_g)",
         ),
         (
             "asks-for-h-live",

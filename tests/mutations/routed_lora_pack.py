@@ -213,14 +213,14 @@ PACK += mutants_of(
         (
             "mask-never",
             "no term masks",
-            "masks = [t.dropout if t.masked else None for t in terms]",
-            "masks = [None for t in terms]",
+            "[t.dropout if t.masked else None for t in terms])",
+            "[None for t in terms])",
         ),
         (
             "mask-always",
             "terms that are not masked mask",
-            "masks = [t.dropout if t.masked else None for t in terms]",
-            "masks = [t.dropout for t in terms]",
+            "[t.dropout if t.masked else None for t in terms])",
+            "[t.dropout for t in terms])",
         ),
         (
             "sum-rounded-once",
@@ -243,8 +243,8 @@ PACK += mutants_of(
         (
             "rounded-once-for-several",
             "the first of several terms is taken for all",
-            "if len(terms) == 1 and _is_rounded_once(big, terms[0]):",
-            "if _is_rounded_once(big, terms[0]):",
+            "if all(map(_is_rounded_once, terms)) and",
+            "if _is_rounded_once(terms[0]) and",
         ),
     ],
 )

@@ -15,15 +15,15 @@ needs it; C and the dropout mask are made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...reference.routed_lora import accumulation_dtype
-
-BANK_SCRATCH_BYTES = 64 << 20
+from ..views import cast, flatten
+from .banks import per_sample, routing_gradients
 
 
 class Projection(NamedTuple):
@@ -120,16 +120,6 @@ class Primitives(Protocol):
     def unpack(self, j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, for a tenth of the time where nothing is to be done: small layers are made of such calls."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def flatten(t: Tensor) -> Tensor:
-    """[..., n] as [M, n]; a view wherever strides allow one, M = 0 included."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
-
-
 def _dropout(j: Projection) -> Dropout | None:
     return None if j.seed is None or j.threshold is None else Dropout(j.seed, j.threshold)
 
@@ -144,33 +134,6 @@ def total_routing(j: Projection, acc: torch.dtype) -> Tensor | None:
 def keeps_p(j: Projection) -> bool:
     """Whether backward gets p, unrounded, and not q."""
     return j.gate is not None or j.routing_index is not None
-
-
-def _sample_blocks(samples: int, r: int) -> Iterator[slice]:
-    """Blocks of samples whose r×r matrices take ``BANK_SCRATCH_BYTES`` of fp32 at most; usually one."""
-    size = max(BANK_SCRATCH_BYTES // (4 * r * r), 1)
-    for start in range(0, samples, size):
-        yield slice(start, start + size)
-
-
-def _per_sample(t: Tensor, R: Tensor, index: Tensor) -> Tensor:
-    """t [M, r] times R[index], one [r, r] a sample."""
-    S, r = index.shape[0], t.shape[1]
-    samples = t.reshape(S, t.shape[0] // max(S, 1), r)
-    blocks = [samples[b] @ R.index_select(0, index[b]) for b in _sample_blocks(S, r)]
-    return (torch.cat(blocks) if len(blocks) != 1 else blocks[0]).reshape(t.shape) if blocks else t
-
-
-def _bank_gradient(q: Tensor, h_prime: Tensor, index: Tensor, T: int) -> Tensor:
-    """Σ q_mᵀ·h′_m over the samples of each of T routings, [T, r, r]. A one-hot matmul: unlike index_add_ it sums in a
-    fixed order."""
-    S, r = index.shape[0], q.shape[1]
-    q, h_prime = q.reshape(S, q.shape[0] // max(S, 1), r), h_prime.reshape(S, q.shape[0] // max(S, 1), r)
-    one_hot = (torch.arange(T, device=q.device)[:, None] == index).to(q.dtype)
-    dR = q.new_zeros(T, r * r)
-    for b in _sample_blocks(S, r):
-        dR.addmm_(one_hot[:, b], (q[b].mT @ h_prime[b]).reshape(-1, r * r))
-    return dR.reshape(T, r, r)
 
 
 def _gate(j: Projection, acc: torch.dtype, lead: torch.Size) -> Tensor | None:
@@ -199,7 +162,7 @@ def forward(kernels: Primitives, x: Tensor, projections: list[Projection]) -> tu
     for j, packed, term, (p, q) in zip(projections, packs, terms, kernels.shrink(x_flat, terms), strict=True):
         if j.bank:
             q = apply_gate(p, term.dropout, term.gate)
-            q = _per_sample(q, total_routing(j, acc), j.routing_index).to(dtype)
+            q = per_sample(q, total_routing(j, acc), j.routing_index).to(dtype)
         products = [] if j.weight is None else [(x_flat, j.weight.mT)]
         base = None if j.base_output is None else flatten(j.base_output)
         y = kernels.linear(products, [(q, packed.C, None)], j.bias, base)
@@ -274,14 +237,15 @@ def _low_rank_side(
         q = apply_gate(p, dropout, gate)
         q = q if j.bank else cast(q, dy.dtype)
     split = j.frozen_routing is not None and need.lora_A
-    whole = need_x or need.gate or (need.lora_A and not split)
+    reads_g = need_x or (need.lora_A and not split)
+    whole = reads_g or need.gate
     wants = (need_x, whole or (j.bank and (split or need.routing)), split and not j.bank)
     packed = kernels.pack(j, dy.dtype, *wants) if any(wants) else Packed(None, None, None)
     h = g = g_live = dB = dR = dscaling = None
     if j.bank:
         h, g, g_live, dB, dR, dscaling = _bank_side(kernels, dy, j, packed.C, q, gate, dropout, need_x, need, split)
     else:
-        terms = [Term(packed.C, dropout, False, gate, need.gate, whole)] if whole else []
+        terms = [Term(packed.C, dropout, False, gate, need.gate, reads_g)] if whole else []
         terms += [Term(packed.C_live, dropout, False, gate, False, True)] if split else []
         found = kernels.shrink(dy, terms) if terms else []
         if found:
@@ -316,19 +280,19 @@ def _bank_side(
     h = h_prime = g = g_live = dB = dR = dscaling = None
     if C is not None:
         ((h_prime, _),) = kernels.shrink(dy, [Term(C, None, False, None, True, False)])
-        h = _per_sample(h_prime, total.mT, index)
+        h = per_sample(h_prime, total.mT, index)
         g = apply_gate(h, dropout, gate).to(dtype) if need_x or need.lora_A else None
-        g_live = apply_gate(_per_sample(h_prime, live.mT, index), dropout, gate).to(dtype) if split else g
+        g_live = apply_gate(per_sample(h_prime, live.mT, index), dropout, gate).to(dtype) if split else g
     small = {}
     if need.lora_B:
-        small["live"] = _per_sample(q, live, index).to(dtype)
+        small["live"] = per_sample(q, live, index).to(dtype)
     if need.scaling:
-        small["total"] = _per_sample(q, total, index).to(dtype)
+        small["total"] = per_sample(q, total, index).to(dtype)
     U = dict(zip(small, kernels.reduce(list(small.values()), dy, [None] * len(small)), strict=True)) if small else {}
     if need.lora_B:
         dB = (U["live"].mT * j.scaling).to(j.lora_B.dtype)
     if need.scaling:
         dscaling = (U["total"].mT * j.lora_B.to(acc)).sum().to(j.scaling)
     if need.routing:
-        dR = _bank_gradient(q, h_prime, index, live.shape[0]).to(j.routing.dtype)
+        dR = routing_gradients(q, h_prime, index, live.shape[0]).to(j.routing.dtype)
     return h, g, g_live, dB, dR, dscaling

@@ -19,8 +19,9 @@ from torch import Tensor
 from ...reference.routed_lora import accumulation_dtype
 from ..cpu_matmul import goes_faster_in_blocks, matmul
 from ..dropout_mask import dropout_mask
+from ..views import cast
 from . import compiled
-from .algebra import Dropout, Needs, Packed, Projection, Term, apply_gate, cast, total_routing
+from .algebra import Dropout, Needs, Packed, Projection, Term, apply_gate, total_routing
 
 # On a CPU a block should stay in the caches and yet be worth a call: shrink and reduce of 1576×768, rank 16, bf16, take
 # 0.57 and 0.74 ms with 1 MiB, 0.38 and 0.39 with 2, 0.34 and 0.36 with 4. On a GPU a block is large enough to fill it.

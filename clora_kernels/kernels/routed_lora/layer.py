@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..views import cast, flatten
 from . import compiled
-from .algebra import Needs, Projection, cast, flatten
+from .algebra import Needs, Projection
 
 # Multiply-adds of rank r up to which this is faster than ATen's matmuls on blocks. One thread of a Zen 4, forward +
 # backward, µs: 544×64 rank 8 in fp32 400 and 430, in bf16 410 and 570; 64×2048 rank 16 in bf16 8000 and 8900.
