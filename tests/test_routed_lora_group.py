@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import DTYPES
+from strategies import DTYPES, dy_for
 
 from clora_kernels import RoutedLoRA, dropout_mask, routed_lora_linear, routed_lora_linear_group
 from clora_kernels.kernels.routed_lora import aten
@@ -167,3 +167,19 @@ def test_dx_in_16_bit_in_blocks_of_columns(device, monkeypatch):
     ys, dx, _ = run(widened[0]["x"], widened, dys)
     results = {"y": torch.cat(ys, -1).detach(), "x": dx}
     assert_parity(results, joined(widened[0]["x"], widened), dy=torch.cat(dys, -1), gradients=["x"])
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32"])
+def test_layers_of_different_options(device, dtypes):
+    """A plain layer before one with a gate and one with dropout: none is computed as its neighbour is."""
+    dtype, adapter_dtype = DTYPES[dtypes]
+    made = {"dtype": dtype, "adapter_dtype": adapter_dtype, "device": device, "routing": False}
+    layers = [
+        make_inputs(**made, seed=i, **options) for i, options in enumerate(({}, {"gate": (5,)}, {"dropout_p": 0.3}))
+    ]
+    x = layers[0]["x"]
+    layers = [{**layer, "x": x} for layer in layers]
+    dys = [dy_for(layer) for layer in layers]
+    ys, _, grads = run(x, layers, dys, wanted=("lora_A", "lora_B"), backend="aten")
+    for layer, y, dy, of_layer in zip(layers, ys, dys, grads, strict=True):
+        assert_parity({"y": y.detach(), **of_layer}, layer, dy=dy, gradients=("lora_A", "lora_B"))
