@@ -8,13 +8,7 @@
 #include <cstring>
 
 #include "philox.h"
-
-// One binary for every x86-64: the loader picks the widest instructions the processor has.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLORA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLORA_CLONES
-#endif
+#include "simd.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "mask bytes are written four at a time, lowest first");
 
@@ -59,13 +53,12 @@ Tensor dropout_mask_cpu(const Tensor& seed, const Tensor& threshold, int64_t fir
                         int64_t columns) {
   const MaskShape shape = check_mask_arguments(seed, threshold, first_row, rows, columns);
   STD_TORCH_CHECK(threshold.is_cpu(), "threshold must be on the device of seed, the CPU");
-  const int64_t least = *threshold.const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(0 <= least && least <= 65536, "threshold must be within 0..65536, got ", least);
+  const uint32_t least = read_threshold(threshold);
   Tensor mask = torch::stable::new_empty(seed, {rows, columns}, torch::headeronly::ScalarType::Bool);
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   bool* out = mask.mutable_data_ptr<bool>();
   torch::stable::parallel_for(0, shape.groups(), kGroupsPerThread, [&](int64_t begin, int64_t end) {
-    fill_groups(shape, key, static_cast<uint32_t>(least), begin, end, out);
+    fill_groups(shape, key, least, begin, end, out);
   });
   return mask;
 }

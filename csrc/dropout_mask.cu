@@ -54,8 +54,7 @@ Tensor dropout_mask_cuda(const Tensor& seed, const Tensor& threshold, int64_t fi
   STD_TORCH_CHECK(seed.is_cuda(), "seed must be on a CUDA device");
   STD_TORCH_CHECK(on_host || (threshold.is_cuda() && threshold.get_device_index() == device),
                   "threshold must be on the device of seed, cuda:", device, ", or on the CPU");
-  const int64_t value = on_host ? *threshold.const_data_ptr<int64_t>() : 0;
-  STD_TORCH_CHECK(0 <= value && value <= 65536, "threshold must be within 0..65536, got ", value);
+  const uint32_t value = on_host ? read_threshold(threshold) : 0;
 
   torch::stable::accelerator::DeviceGuard guard(device);
   Tensor mask = torch::stable::new_empty(seed, {rows, columns}, torch::headeronly::ScalarType::Bool);

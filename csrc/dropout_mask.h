@@ -25,6 +25,13 @@ inline void check_scalar(const torch::stable::Tensor& tensor, const char* name) 
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Long, name, " must be an int64 tensor");
 }
 
+// The value of a threshold on the CPU.
+inline uint32_t read_threshold(const torch::stable::Tensor& threshold) {
+  const int64_t least = *threshold.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(0 <= least && least <= 65536, "threshold must be within 0..65536, got ", least);
+  return static_cast<uint32_t>(least);
+}
+
 inline MaskShape check_mask_arguments(const torch::stable::Tensor& seed, const torch::stable::Tensor& threshold,
                                       int64_t first_row, int64_t rows, int64_t columns) {
   check_scalar(seed, "seed");

@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "routed_lora_kernels.h"
 
@@ -34,10 +33,9 @@ Mask make_mask(const std::optional<Tensor>& seed, const std::optional<Tensor>& t
   if (!seed.has_value()) return {};
   const MaskShape shape = check_mask_arguments(*seed, *threshold, first_row, rows, columns);
   STD_TORCH_CHECK(seed->is_cpu() && threshold->is_cpu(), "seed and threshold must be on the CPU");
-  const int64_t least = *threshold->const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(0 <= least && least <= 65536, "threshold must be within 0..65536, got ", least);
+  const uint32_t least = read_threshold(*threshold);
   const auto key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return {true, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(least),
+  return {true, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), least,
           shape.groups_per_row, first_row};
 }
 

@@ -134,7 +134,7 @@ def test_base_output_of_each_dtype(device, dtypes, base):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["everything", "bank_frozen", "delta", "dropout", "no_rows"])
 @pytest.mark.parametrize("backend", ["aten", "reference"])
-def test_autocast_runs_in_its_dtype(device, half, name, backend):
+def test_autocast_runs_in_its_dtype(device, half, name, backend, mask_path):
     """x and weight are cast once, the adapter stays fp32 where it is small; gradients come back in fp32."""
     inputs = dict(sample_inputs(device=device))[name]
     cast = {k: v.to(half) if k in ("x", "weight") and v is not None else v for k, v in inputs.items()}

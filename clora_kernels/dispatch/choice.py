@@ -24,10 +24,7 @@ def unavailable(op: str, backend: str, reason: str) -> ValueError:
     return ValueError(f"backend={backend!r} cannot run {op}: {reason}")
 
 
-def check_backend(op: str, backend: str, missing: dict[str, str]) -> None:
-    """Raise ValueError unless ``backend`` is a known name that ``op`` has; ``missing`` maps the others to the
-    reason."""
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is a known name."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend in missing:
-        raise unavailable(op, backend, missing[backend])

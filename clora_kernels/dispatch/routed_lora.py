@@ -35,17 +35,12 @@ def _primitives(backend: str) -> Primitives:
     return aten
 
 
-def check_named_backend(backend: str) -> None:
-    """ValueError unless routed LoRA has a backend of that name."""
-    check_backend("routed_lora", backend, {})
-
-
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
     else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
     that it wins; none ships."""
     dtype, device_type = x.dtype, x.device.type
-    check_named_backend(backend)
+    check_backend(backend)
     if backend in ("auto", "native"):
         why_not = layer.why_not(dtype, device_type, projections)
         if backend == "native" and why_not:

@@ -196,12 +196,6 @@ _NATIVE = mutants_of(
             "",
         ),
         (
-            "threshold-unchecked",
-            "a threshold above 65536 is not refused",
-            "0 <= least && least <= 65536,",
-            "0 <= least,",
-        ),
-        (
             "last-thread-lost",
             "the last group is not filled",
             "parallel_for(0, shape.groups(), kGroupsPerThread,",
@@ -210,4 +204,18 @@ _NATIVE = mutants_of(
     ],
 )
 
-DROPOUT_MASK = [*_DEFINITION, *_CHOICE, *_FUNCTION, *_PHILOX, *_NATIVE]
+_CHECKS = mutants_of(
+    "csrc/dropout_mask.h",
+    "mask-native",
+    _TESTS,
+    [
+        (
+            "threshold-unchecked",
+            "a threshold above 65536 is not refused",
+            "0 <= least && least <= 65536,",
+            "0 <= least,",
+        ),
+    ],
+)
+
+DROPOUT_MASK = [*_DEFINITION, *_CHOICE, *_FUNCTION, *_PHILOX, *_NATIVE, *_CHECKS]

@@ -61,7 +61,7 @@ DISPATCH = mutants_of(
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            '    check_backend("routed_lora", backend, {})\n',
+            "    check_backend(backend)\n",
             "",
         ),
         (

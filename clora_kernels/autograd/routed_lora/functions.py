@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...dispatch.choice import Choice
+from ...dispatch.choice import Choice, check_backend
 from ...dispatch.routed_lora import (
     check_index,
-    check_named_backend,
     choose,
     pack_projections,
     routed_lora,
@@ -175,8 +174,9 @@ def _run(
         raise TypeError(f"training: got {type(training).__name__}, expected True or False")
     x, projections = prepare(x, adapters, base_output, prefix)
     # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
-    check_named_backend(backend)
     late = torch.compiler.is_compiling() and backend != "reference"
+    if late:
+        check_backend(backend)
     chosen = backend if late else choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
     if chosen == "reference":

@@ -204,7 +204,7 @@ def backward(
 
 
 class _Side(NamedTuple):
-    """What ``_low_rank_side`` finds; dgate [M, r] is not yet summed to the gate's shape."""
+    """What ``_low_rank_side`` finds."""
 
     dy: Tensor
     A: Tensor | None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...autograd.routed_lora import merge_routed_lora, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES, check_dropout, scaling_tensor
-from ...dispatch.routed_lora import check_named_backend, choose
+from ...dispatch.choice import check_backend
+from ...dispatch.routed_lora import choose
 from ...kernels.routed_lora.algebra import Projection
 from ...reference.routed_lora import accumulation_dtype
 from ..adapter import AdapterLinear, default_adapter_dtype
@@ -107,7 +108,7 @@ class RoutedLoRALinear(AdapterLinear):
             raise ValueError(f"routing: got {routing!r}, expected True, False or the number of routings of a bank")
         if frozen_routing and routing is False:
             raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
-        check_named_backend(backend)
+        check_backend(backend)
         self.r, self.dropout_p, self.backend = r, dropout_p, backend
         self.scaling = scaling
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)

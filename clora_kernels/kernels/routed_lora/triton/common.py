@@ -17,7 +17,6 @@ from .tiles import INTERPRETER, ReduceTile, ShrinkTile
 # Read when kernels are decorated, as Triton itself reads it.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MOST_RANKS = 256
 """Most columns of one accumulator: the ranks, padded, of the terms that share one read of the big operand."""
 
