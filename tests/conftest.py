@@ -60,7 +60,7 @@ def all_threads() -> int:
 
 @pytest.fixture(params=["compiled", "plain"])
 def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the compiled dropout mask and with the one of plain PyTorch, as where nothing is compiled."""
+    """Runs a test with the compiled operators and on plain PyTorch alone, as where nothing is compiled."""
     if request.param == "plain":
         monkeypatch.setattr(extension, "has_op", lambda name, device_type: False)
         monkeypatch.setattr("clora_kernels.kernels.dropout_mask._warned", True)

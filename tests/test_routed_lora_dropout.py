@@ -57,7 +57,7 @@ def test_mask_does_not_depend_on_strides_or_leading_dims(device):
         assert torch.equal((routed_lora_delta(**layer) > 0).view(M, K), flat)
 
 
-def test_blocks_of_rows_join_without_a_seam(device, monkeypatch):
+def test_blocks_of_rows_join_without_a_seam(device, mask_path, monkeypatch):
     """Rows are masked a block at a time; where the block ends makes no difference."""
     options = {"dropout_p": 0.5, "dropout_seed": torch.tensor(4, device=device)}
     inputs = make_inputs((200,), 67, 41, 5, device=device)

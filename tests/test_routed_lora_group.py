@@ -42,7 +42,7 @@ def run(x, layers, dys, wanted=LEARNING, backend="auto"):
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16+fp32", "fp16+fp32", "fp64"])
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"frozen": True, "gate": (3, 1, 1)}, {"bank": 2}])
-def test_each_layer_is_itself_alone(device, dtypes, options):
+def test_each_layer_is_itself_alone(device, mask_path, dtypes, options):
     x, layers, dys = group(device, dtypes, **options)
     with dispatched() as calls:
         ys, _, grads = run(x, layers, dys)
@@ -138,7 +138,7 @@ def test_without_rows(device):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_dx_in_16_bit_errs_as_one_rounding_does(device, p):
+def test_dx_in_16_bit_errs_as_one_rounding_does(device, mask_path, p):
     """Parity leaves room for a second rounding; the root mean square of many elements does not."""
     x = torch.randn(64, 96, device=device).bfloat16()
     layers, dys = [], [torch.randn(64, 80, device=device).bfloat16() for _ in range(4)]
@@ -170,7 +170,7 @@ def test_dx_in_16_bit_in_blocks_of_columns(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32"])
-def test_layers_of_different_options(device, dtypes):
+def test_layers_of_different_options(device, mask_path, dtypes):
     """A plain layer before one with a gate and one with dropout: none is computed as its neighbour is."""
     dtype, adapter_dtype = DTYPES[dtypes]
     made = {"dtype": dtype, "adapter_dtype": adapter_dtype, "device": device, "routing": False}

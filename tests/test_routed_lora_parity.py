@@ -72,7 +72,7 @@ SIZES = [
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32", "fp16"])
 @pytest.mark.parametrize("lead, K, N, r", SIZES)
-def test_sizes(device, all_threads, lead, K, N, r, dtypes):
+def test_sizes(device, mask_path, all_threads, lead, K, N, r, dtypes):
     dtype, adapter_dtype = DTYPES[dtypes]
     options = {"frozen": True, "gate": (r,), "scaling": None, "dropout_p": 0.2, "device": device}
     inputs = make_inputs(lead, K, N, r, dtype=dtype, adapter_dtype=adapter_dtype, **options)

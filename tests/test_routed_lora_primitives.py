@@ -187,7 +187,7 @@ def test_shrink_gives_what_is_wanted(device, dtype, acts, terms):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_of_rows_add_up(device, monkeypatch, dtype, masked):
+def test_blocks_of_rows_add_up(device, mask_path, monkeypatch, dtype, masked):
     """reduce and shrink of several small operands over blocks of 64 rows and a rest."""
     monkeypatch.setattr(aten, "SCRATCH_BYTES", {"cpu": 1, "cuda": 1})
     M, K, seed, threshold = 150, 21, torch.tensor(7, device=device), torch.tensor(32768, device=device)
