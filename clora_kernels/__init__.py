@@ -1,6 +1,7 @@
 """Fused kernels for LoRA and continual-learning LoRA in PyTorch."""
 
 from .autograd.dropout_mask import dropout_mask
+from .autograd.gram_schmidt import OrthonormalBasis, gram_schmidt, gram_schmidt_foreach, orthonormal_basis
 from .autograd.routed_lora import (
     RoutedLoRA,
     merge_routed_lora,
@@ -10,11 +11,14 @@ from .autograd.routed_lora import (
 )
 from .modules.inject import InjectReport, extract, freeze_base, inject, merge_all, to_lora, unmerge_all
 from .modules.routed_lora import RoutedLoRAFusedLinear, RoutedLoRALinear
+from .reference.gram_schmidt import GramSchmidtResult
 from .report import explain, info
 
 __version__ = "0.1.0"
 __all__ = [
+    "GramSchmidtResult",
     "InjectReport",
+    "OrthonormalBasis",
     "RoutedLoRA",
     "RoutedLoRAFusedLinear",
     "RoutedLoRALinear",
@@ -22,10 +26,13 @@ __all__ = [
     "explain",
     "extract",
     "freeze_base",
+    "gram_schmidt",
+    "gram_schmidt_foreach",
     "info",
     "inject",
     "merge_all",
     "merge_routed_lora",
+    "orthonormal_basis",
     "routed_lora_delta",
     "routed_lora_linear",
     "routed_lora_linear_group",

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from . import extension
-from .autograd import routed_lora
+from .autograd import gram_schmidt, routed_lora
 from .autograd.dropout_mask import dropout_mask
+from .autograd.gram_schmidt.functions import explain_call as explain_gram_schmidt
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
@@ -26,6 +27,7 @@ _FUNCTIONS = (
     routed_lora.routed_lora_delta,
     dropout_mask,
 )
+_GRAM_SCHMIDT = (gram_schmidt.gram_schmidt, gram_schmidt.gram_schmidt_foreach, gram_schmidt.orthonormal_basis)
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,17 @@ def info() -> Info:
     """What is installed, built and available here and, for each thing that is not, why. Prints as a table; never
     raises."""
     parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
-    return Info(_versions(), _devices(), parts, {"routed_lora": _routed_lora(), "dropout_mask": _dropout_mask()})
+    backends = {"routed_lora": _routed_lora(), "gram_schmidt": _gram_schmidt(), "dropout_mask": _dropout_mask()}
+    return Info(_versions(), _devices(), parts, backends)
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Which backend and strategy the call ``fn(*args, **kwargs)`` takes, and why. Checks the arguments, runs nothing.
 
     Args:
-        fn: ``routed_lora_linear``, ``routed_lora_linear_group``, ``routed_lora_delta`` or ``dropout_mask``, or a
-            :class:`RoutedLoRALinear` with what it would be called with.
+        fn: ``routed_lora_linear``, ``routed_lora_linear_group``, ``routed_lora_delta``, ``gram_schmidt``,
+            ``gram_schmidt_foreach``, ``orthonormal_basis`` or ``dropout_mask``, or a :class:`RoutedLoRALinear` with
+            what it would be called with.
 
     Returns:
         ``backend``, ``strategy`` and ``reason``; prints as a sentence.
@@ -82,13 +86,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         if fn.merged:
             return Choice("aten", "F.linear on the merged weight", "the layer is merged")
         return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(*args, **kwargs))
-    if fn not in _FUNCTIONS:
-        known = ", ".join(f.__name__ for f in _FUNCTIONS)
+    if fn not in (*_FUNCTIONS, *_GRAM_SCHMIDT):
+        known = ", ".join(f.__name__ for f in (*_FUNCTIONS, *_GRAM_SCHMIDT))
         raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     if fn is dropout_mask:
         return _explain_mask(bound.arguments["x"])
+    if fn in _GRAM_SCHMIDT:
+        return explain_gram_schmidt(fn, bound.arguments)
     return explain_call(fn, bound.arguments)
 
 
@@ -132,6 +138,13 @@ def _routed_lora() -> list[Availability]:
     return [
         Availability(name, name not in missing, missing.get(name, there.get(name, "")))
         for name in ("reference", "aten", "triton", "native")
+    ]
+
+
+def _gram_schmidt() -> list[Availability]:
+    return [
+        Availability("reference", True, "plain PyTorch, any device"),
+        Availability("aten", True, "ATen matmuls, any device"),
     ]
 
 

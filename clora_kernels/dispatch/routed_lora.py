@@ -12,16 +12,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
-from ..library import autocast_is_on, define_operator
+from ..library import define_operator, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 
@@ -137,13 +135,6 @@ def unpack_projections(tensors: Sequence[Tensor], given: Sequence[bool]) -> list
 def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
     size = len(Needs._fields)
     return [Needs(*needs[i : i + size]) for i in range(0, len(needs), size)]
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The dtypes are decided before an operator is called; leaving autocast costs 4 µs, so only where it is on."""
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:

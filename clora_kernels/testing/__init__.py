@@ -1,25 +1,32 @@
-"""Proof on the user's own device: parity with fp64, adapter fidelity, what happens to memory, what really ran."""
+"""Proof on your own device: parity with fp64, adapter fidelity, orthogonality, the state of memory, what really ran."""
 
 from .fidelity import Fidelity, adapter_fidelity, adapter_term, assert_fidelity
 from .integrity import guarded, guarded_outputs, poisoned_empty, saved_tensors, unchanged
 from .memory import peak_memory
 from .parity import Deviation, Reference, assert_parity, compare, evaluate
 from .tracing import dispatched, launches
+from .zoo import HardMatrix, Orthogonality, assert_orthonormal, hard_matrices, mixed_batch, orthogonality
 
 __all__ = [
     "Deviation",
     "Fidelity",
+    "HardMatrix",
+    "Orthogonality",
     "Reference",
     "adapter_fidelity",
     "adapter_term",
     "assert_fidelity",
+    "assert_orthonormal",
     "assert_parity",
     "compare",
     "dispatched",
     "evaluate",
     "guarded",
     "guarded_outputs",
+    "hard_matrices",
     "launches",
+    "mixed_batch",
+    "orthogonality",
     "peak_memory",
     "poisoned_empty",
     "saved_tensors",

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice, check_backend
-from ...dispatch.routed_lora import (
-    check_index,
-    choose,
-    pack_projections,
-    routed_lora,
-    without_autocast,
-)
+from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora
 from ...kernels.routed_lora.algebra import Projection
-from ...library import autocast_is_on
+from ...library import autocast_is_on, without_autocast
 from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain

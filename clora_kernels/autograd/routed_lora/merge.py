@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...dispatch.routed_lora import without_autocast
 from ...kernels.routed_lora.algebra import Projection
+from ...library import without_autocast
 from ...reference.routed_lora import accumulation_dtype
 from .arguments import check_projection, check_shape, check_tensor, scaling_tensor
 

@@ -1,0 +1,141 @@
+"""The primitives of Gram-Schmidt on ATen matmuls: every device, no compiler.
+
+Gram matrices and what is r×r are fp64 whatever the dtype of V: in fp64 the Gram matrix of an fp32 matrix is exact
+enough for one sweep in nearly every case. On a GPU nothing is waited for, so the second sweep and the deflation run for
+all matrices and are kept where they are needed; on a CPU they run where they are needed. Scratch: V and P in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...reference.gram_schmidt import GramSchmidtResult, scale_exponents, times_power
+from ...reference.routed_lora import accumulation_dtype
+from ..views import cast
+from .algebra import AGAIN, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns, Sweep
+
+_GRAM_ERROR = 8.0
+"""Error of an entry of a Gram matrix of unit columns, in units of the roundoff of its fp64 sums."""
+_LIMIT = 2.0**96
+"""Norms of columns beyond it, or below its inverse, are scaled first, which deflation does."""
+
+
+def any(flags: Tensor) -> bool:
+    """Whether a flag is set; True where the device would have to be waited for."""
+    return flags.device.type != "cpu" or bool(flags.any())
+
+
+def _factor(t: Tensor, acc: torch.dtype) -> Tensor:
+    """A factor of a matmul that must be as exact as ``acc``: in fp64 where the user lets fp32 matmuls be less."""
+    exact = acc == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    return cast(t, acc if exact else torch.float64)
+
+
+def combine(terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Σ tall·small, rounded once to ``dtype``."""
+    acc = accumulation_dtype(dtype)
+    total: Tensor | None = None
+    for tall, small in terms:
+        left, right = _factor(tall, acc), _factor(small, acc)
+        total = left @ right if total is None else torch.baddbmm(total, left, right)
+    assert total is not None
+    return cast(total, dtype)
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ·right of tall operands, in the accumulation dtype."""
+    acc = accumulation_dtype(right.dtype)
+    return cast(_factor(left, acc).mT @ _factor(right, acc), acc)
+
+
+def _swept(columns: Columns, sweep: Sweep) -> Tensor:
+    V, P = columns
+    terms = [(V, sweep.X)] + ([] if P is None else [(P, -sweep.T)])
+    return combine(terms, accumulation_dtype(V.dtype))
+
+
+def gram(columns: Columns, first: Sweep | None) -> tuple[Tensor | None, Tensor]:
+    """S [B, k, r] and G [B, r, r] in fp64, of V or of V after a first sweep."""
+    W = (columns.V if first is None else _swept(columns, first)).double()
+    return None if columns.P is None else columns.P.double().mT @ W, W.mT @ W
+
+
+def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype) -> Sweep:
+    """The r×r step in fp64; X and T come rounded to the accumulation dtype, R as it is."""
+    acc = accumulation_dtype(dtype)
+    u, root = torch.finfo(acc).eps / 2, G.shape[-1] ** 0.5
+    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    norms = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    sound = ((norms > 1 / _LIMIT) & (norms < _LIMIT)).all(-1)[:, None, None]
+    scale = 1 / torch.where(sound[..., 0], norms, 1.0)
+    unit = torch.where(sound, G * scale[:, :, None] * scale[:, None, :], eye)
+    inside = None if S is None else torch.where(sound, S * scale[:, None, :], 0.0)
+    left = unit if inside is None else unit - inside.mT @ inside
+    lower, info = torch.linalg.cholesky_ex(left)
+    sound = sound & (info == 0)[:, None, None]
+    R = torch.where(sound, lower.mT, eye)
+    X = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
+    T = None if inside is None else inside @ X
+    factors = X.square() if T is None else torch.cat([X.square(), T.square()], -2)
+    of_gram = _GRAM_ERROR * torch.finfo(G.dtype).eps / 2 * torch.linalg.matrix_norm(unit) * factors.sum(-1).amax(-1)
+    of_T = 0.0 if T is None else 16 * torch.linalg.matrix_norm(T)
+    error = of_gram + u * (torch.linalg.matrix_norm(X) + of_T)
+    of_columns = (factors.sum(-2)[:, None, :] @ R.square())[:, 0].amax(-1).sqrt()
+    doubtful = (R.diagonal(dim1=-2, dim2=-1) <= 1.1 * rank_tol).any(-1)
+    lost = doubtful | ~(of_gram <= STABLE) | ~(of_columns <= FAITHFUL * root) | ~sound[:, 0, 0]
+    state = torch.where(lost, HARD, torch.where(error <= ENOUGH * u * root, DONE, AGAIN))
+    norms = torch.where(sound[..., 0], norms, 1.0)
+    return Sweep((X * scale[:, :, None]).to(acc), None if T is None else T.to(acc), R * norms[:, None, :], state)
+
+
+def apply(columns: Columns, first: Sweep, second: Sweep | None) -> Tensor:
+    """V after one sweep or two, rounded once to its dtype and laid out as V is."""
+    W = _swept(columns, first)
+    W = W if second is None else _swept(Columns(W, columns.P), second)
+    return torch.empty_like(columns.V).copy_(W)
+
+
+def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:
+    """Write the result of the matrices that are ``hard``: fp64, one column after the other, each projected twice."""
+    if hard.device.type == "cpu":
+        chosen = hard.nonzero()[:, 0]
+        found = _deflated(Columns(*(None if t is None else t[chosen] for t in columns)), rank_tol)
+        for whole, part in zip(result, found, strict=True):
+            whole[chosen] = part.to(whole.dtype)
+        return
+    for whole, part in zip(result, _deflated(columns, rank_tol), strict=True):
+        where = hard.reshape(-1, *[1] * (whole.dim() - 1))
+        whole.copy_(torch.where(where, part.to(whole.dtype), whole))
+
+
+def _deflated(columns: Columns, rank_tol: float) -> GramSchmidtResult:
+    V, P = columns
+    B, d, r = V.shape
+    k = 0 if P is None else P.shape[-1]
+    basis = V.new_zeros(B, d, k + r, dtype=torch.float64)
+    if P is not None:
+        basis[..., :k] = P
+    wide = V.double()
+    finite = (wide.isfinite().all(1).all(1) & basis.isfinite().all(1).all(1))[:, None, None]
+    basis, wide = torch.where(finite, basis, 0.0), torch.where(finite, wide, 0.0)
+    exponent = scale_exponents(wide)
+    wide = times_power(wide, -exponent)
+    R = wide.new_zeros(B, r, r)
+    for j in range(r):
+        w = wide[..., j : j + 1]
+        own = torch.linalg.vector_norm(w, dim=1)
+        for _ in range(2):
+            c = basis[..., : k + j].mT @ w
+            w = w - basis[..., : k + j] @ c
+            R[:, :j, j] += c[:, k:, 0]
+        norm = torch.linalg.vector_norm(w, dim=1)
+        kept = norm > rank_tol * own
+        basis[..., k + j] = torch.where(kept, w[..., 0] / torch.where(kept, norm, 1.0), 0.0)
+        R[:, j, j] = torch.where(kept, norm, 0.0)[:, 0]
+    rank = (R.diagonal(dim1=1, dim2=2) > 0).sum(-1)
+    poison = torch.where(finite, 1.0, torch.nan)
+    R = times_power(R, exponent) * poison
+    return GramSchmidtResult(basis[..., k:] * poison, R, torch.where(finite[:, 0, 0], rank, -1))
