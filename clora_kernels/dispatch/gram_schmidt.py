@@ -60,20 +60,21 @@ def run_forward(
     """All Q, all R, all ranks, in the leading dimensions of each V."""
     with without_autocast(Vs[0].device.type):
         columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
-        results: list[GramSchmidtResult | None] = [None] * len(Vs)
+        results: list[GramSchmidtResult] = [None] * len(Vs)
         for places in alike(columns):
             chosen = [columns[i] for i in places]
             whole = _run(_stack(chosen), tolerance(rank_tol, Vs[0].dtype), deficient, backend)
             sizes = [c.V.shape[0] for c in chosen]
-            for i, *result in zip(places, *(parts(t, sizes) for t in whole), strict=True):
-                results[i] = GramSchmidtResult(*result)
+            for i, *found in zip(places, *(parts(t, sizes) for t in whole), strict=True):
+                results[i] = _shaped(GramSchmidtResult(*found), Vs[i])
         if deficient == "raise":
             check_rank(results)
-        return [
-            *(_laid_out(result.Q, V) for result, V in zip(results, Vs, strict=True)),
-            *(result.R.reshape(*V.shape[:-2], *result.R.shape[-2:]) for result, V in zip(results, Vs, strict=True)),
-            *(result.rank.reshape(V.shape[:-2]) for result, V in zip(results, Vs, strict=True)),
-        ]
+        return [t for of_all in zip(*results, strict=True) for t in of_all]
+
+
+def _shaped(result: GramSchmidtResult, V: Tensor) -> GramSchmidtResult:
+    lead, r = V.shape[:-2], V.shape[-1]
+    return GramSchmidtResult(_laid_out(result.Q, V), result.R.reshape(*lead, r, r), result.rank.reshape(lead))
 
 
 def _stack(columns: Sequence[Columns]) -> Columns:
