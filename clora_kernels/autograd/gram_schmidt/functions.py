@@ -158,13 +158,14 @@ def _run(
     check_rank_tol(rank_tol, Vs[0].dtype)
     check_deficient(deficient, Vs, bases)
     check_backend(backend)
-    chosen = choose(Vs[0], backend).backend
+    compiling = torch.compiler.is_compiling()  # then the operator chooses when it runs
+    chosen = backend if compiling else choose(Vs[0], backend).backend
     if chosen == "reference":
         return _reference(Vs, bases, rank_tol, deficient)
     tensors, given = [*Vs, *(P for P in bases if P is not None)], tuple(P is not None for P in bases)
     n = len(Vs)
     out: Sequence[Tensor]
-    if torch.compiler.is_compiling():  # the operator has the gradients of the Function
+    if compiling:  # the operator has the gradients of the Function
         out = operator(tensors[:n], tensors[n:], given, rank_tol, deficient, backend)
     else:
         function: Any = GramSchmidtEagerFunction if is_plain(Vs[0], tensors) else GramSchmidtFunction
