@@ -3,6 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clora_kernels, m) {
   m.def("dropout_mask(Tensor seed, Tensor threshold, SymInt first_row, SymInt rows, SymInt columns) -> Tensor");
+  m.def("gram_schmidt_sweeps(Tensor[] V, Tensor[] P, float rank_tol) -> Tensor[]");
   m.def("routed_lora_few_rows(Tensor dy, Tensor weight, Tensor dx) -> Tensor");
   m.def("routed_lora_fold(Tensor small, Tensor scale, Tensor like) -> Tensor");
   m.def("routed_lora_shrink(Tensor big, Tensor small, Tensor? seed, Tensor? threshold) -> Tensor");

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dropout_mask.h"
+#include "matrix.h"
 #include "philox.h"
 #include "simd.h"
 
@@ -46,14 +47,6 @@ CLORA_INLINE void drop(const Mask& mask, int64_t row, int64_t column, int64_t co
   const auto* kept = reinterpret_cast<const uint8_t*>(words);
   for (int64_t k = 0; k < count; ++k) values[k] *= static_cast<float>(kept[k]);
 }
-
-// A matrix of T in memory with any strides.
-template <typename T>
-struct Matrix {
-  using Storage = typename T::Storage;
-  Storage* data;
-  int64_t rows, columns, row_stride, column_stride;
-};
 
 // `count` elements of a row as fp32, dropped.
 template <typename T>

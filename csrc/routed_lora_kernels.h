@@ -2,18 +2,11 @@
 // tensors get there.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include "routed_lora_blocks.h"
 #include "routed_lora_few_rows.h"
 
 namespace clora_kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #define CLORA_KERNELS(Type)                                                                                 \
   CLORA_CLONES void run(const Matrix<Type>& big, const Mask& mask, const Shrink& s, int64_t b, int64_t e) { \
@@ -57,26 +50,6 @@ CLORA_KERNELS(BFloat16)
 CLORA_KERNELS(Float16)
 
 #undef CLORA_KERNELS
-
-template <typename T>
-Matrix<T> matrix(const Tensor& t) {
-  return {static_cast<typename T::Storage*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
-// Calls `body` with the element type of `t`.
-template <typename Body>
-void with_type(const Tensor& t, const char* name, Body body) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return body(Float32{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    case ScalarType::Half:
-      return body(Float16{});
-    default:
-      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
-  }
-}
 
 }  // namespace
 }  // namespace clora_kernels
