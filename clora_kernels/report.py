@@ -142,9 +142,12 @@ def _routed_lora() -> list[Availability]:
 
 
 def _gram_schmidt() -> list[Availability]:
+    built = extension.has_op("gram_schmidt_sweeps", "cpu")
+    reason = "compiled operators; fp32, bf16, fp16" if built else "the compiled part cpu is not there: see above"
     return [
         Availability("reference", True, "plain PyTorch, any device"),
         Availability("aten", True, "ATen matmuls, any device"),
+        Availability("native", built, reason),
     ]
 
 

@@ -11,8 +11,8 @@
 namespace clora_kernels {
 namespace {
 
-constexpr int64_t kFlopsPerThread = 1 << 19;    // less than this is not worth a second thread
-constexpr int64_t kKeptFloats = 1 << 17;        // panels of a matrix that may be kept from sums to application
+constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
+constexpr int64_t kKeptFloats = 1 << 17;      // panels of a matrix that may be kept from sums to application
 
 CLORA_CLONES State step(int64_t k, int64_t r, int64_t ld, double* S, double* G, double rank_tol, double* scratch,
                         float* x, float* t) {
@@ -28,6 +28,39 @@ CLORA_CLONES void product(int64_t r, int64_t ld, const double* left, const doubl
   multiply(r, r, left, ld, right, ld, 1.0, true, out, scratch);
 }
 
+// All of a matrix in fp64; whether every element is finite.
+template <typename T>
+CLORA_INLINE bool widen_all(const Matrix<T>& m, double* out, int64_t ld) {
+  double finite = 0;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < m.columns; ++j) {
+      const double value = T::from(m.data[i * m.row_stride + j * m.column_stride]);
+      out[i * ld + j] = value;
+      finite += value - value;  // NaN for Inf and NaN
+    }
+  }
+  return finite == 0;
+}
+
+template <typename T>
+CLORA_INLINE void narrow_all(const double* from, int64_t ld, const Matrix<T>& m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < m.columns; ++j) {
+      m.data[i * m.row_stride + j * m.column_stride] = T::to(static_cast<float>(from[i * ld + j]));
+    }
+  }
+}
+
+#define CLORA_DOUBLE(Type)                                                                                          \
+  CLORA_CLONES bool read_double(const Matrix<Type>& m, double* out, int64_t ld) { return widen_all(m, out, ld); } \
+  CLORA_CLONES void write_double(const double* from, int64_t ld, const Matrix<Type>& m) { narrow_all(from, ld, m); }
+
+CLORA_DOUBLE(Float32)
+CLORA_DOUBLE(BFloat16)
+CLORA_DOUBLE(Float16)
+
+#undef CLORA_DOUBLE
+
 // One matrix V [d, r] beside P [d, k], and where its results go.
 struct Problem {
   Tall V, P, Q;
@@ -36,60 +69,55 @@ struct Problem {
 };
 
 // The buffers of one thread for matrices of one shape.
+template <typename Layout>
 class Orthonormaliser {
  public:
   Orthonormaliser(int64_t d, int64_t r, int64_t k, double rank_tol, const Tensor& like)
-      : d_(d), r_(r), k_(k), ld_(padded(r)), ldr_(panel_ld(r)), ldk_(k ? panel_ld(k) : 0), rank_tol_(rank_tol),
-        blocks_(d, ldr_ + ldk_), like_(like), keeps_(d * (ldr_ + ldk_) <= kKeptFloats) {
-    sums_.resize(static_cast<size_t>(blocks_.splits * sums_size()));
-    S_.resize(static_cast<size_t>(k * ld_));
-    G_.resize(static_cast<size_t>(r * ld_));
-    scratch_.resize(static_cast<size_t>((r + k + 4) * ld_));
-    if (keeps_) kept_.resize(static_cast<size_t>((d_ + kPad) * (ldr_ + ldk_)));
+      : d_(d), r_(r), k_(k), ld_(padded(r)), rank_tol_(rank_tol), layout_(r + k), splits_(splits_of(d)), like_(like) {
+    block_ = layout_.floats(r) + layout_.floats(k);
+    const int64_t blocks = (d + layout_.rows - 1) / layout_.rows;
+    keeps_ = blocks * block_ <= kKeptFloats;
+    kept_.resize(static_cast<size_t>(keeps_ ? blocks * block_ : 0));
+    products_.resize(static_cast<size_t>(splits_ * (r + k) * ld_));
+    scratch_.resize(static_cast<size_t>((r + k + 4 + kSmallBlock) * ld_));
+    for (Sweep& sweep : sweeps_) {
+      sweep.X.resize(static_cast<size_t>(padded(r) * ld_));
+      sweep.T.resize(static_cast<size_t>(padded(k) * ld_));
+      sweep.R.resize(static_cast<size_t>(r * ld_));
+    }
   }
 
   void run(const Problem& p) {
-    kept_is_read_ = false;
-    add_products(p, 0);
-    Sweep& first = sweeps_[0];
-    find(first);
-    int64_t sweeps = 1;
-    State state = first.state;
-    if (state == kAgain) {
-      add_products(p, 1);
-      find(sweeps_[1]);
-      sweeps = 2;
-      state = sweeps_[1].state;  // orthonormal to 1 %: a third sweep is never wanted
-    }
-    if (state != kDone) return deflate(p);
+    is_read_ = false;
+    int64_t sweeps = 0;
+    State state = kAgain;
+    while (state == kAgain && sweeps < 2) state = sweep(p, sweeps++);
+    if (state == kHard) return deflate(p);
     apply(p, sweeps);
     write_R(p, sweeps);
     *p.rank = static_cast<int32_t>(r_);
   }
 
  private:
-  int64_t sums_size() const { return (padded(r_) + padded(k_)) * ldr_; }
-
   // Calls body(first row, rows, panel of V after `sweeps` sweeps, panel of P) for the blocks of a split.
   template <typename Body>
   void each_panel(const Problem& p, int64_t split, int64_t sweeps, Body body) {
-    const auto size = static_cast<size_t>(blocks_.rows * ldr_);
-    std::vector<float> own(keeps_ ? 0 : size + static_cast<size_t>(blocks_.rows * ldk_)), swept[2];
-    for (int64_t s = 0; s < sweeps; ++s) swept[s].resize(size);
-    blocks_.each(split, [&](int64_t row, int64_t rows) {
-      float* v = keeps_ ? kept_.data() + row * (ldr_ + ldk_) : own.data();
-      float* basis = v + (keeps_ ? padded(rows) : blocks_.rows) * ldr_;
-      if (!keeps_ || !kept_is_read_) {
-        read(p.V, row, rows, v, ldr_);
-        if (k_) read(p.P, row, rows, basis, ldk_);
+    std::vector<float> own(static_cast<size_t>(keeps_ ? 0 : block_)), swept[2];
+    for (int64_t s = 0; s < sweeps; ++s) swept[s].resize(static_cast<size_t>(layout_.floats(r_)));
+    each_block(d_, split, layout_.rows, [&](int64_t row, int64_t n) {
+      float* v = keeps_ ? kept_.data() + row / layout_.rows * block_ : own.data();
+      float* basis = v + layout_.floats(r_);
+      if (!keeps_ || !is_read_) {
+        layout_.read(p.V, row, n, v);
+        if (k_) layout_.read(p.P, row, n, basis);
       }
       for (int64_t s = 0; s < sweeps; ++s) {
         float* to = swept[s].data();
-        outer(rows, v, ldr_, r_, sweeps_[s].X.data(), ld_, r_, to, ldr_, true, false);
-        if (k_) outer(rows, basis, ldk_, k_, sweeps_[s].T.data(), ld_, r_, to, ldr_, false, true);
+        layout_.outer(n, v, r_, sweeps_[s].X.data(), ld_, r_, to, Shape::kUpper, false);
+        if (k_) layout_.outer(n, basis, k_, sweeps_[s].T.data(), ld_, r_, to, Shape::kFull, true);
         v = to;
       }
-      body(row, rows, v, basis);
+      body(row, n, v, basis);
     });
   }
 
@@ -97,48 +125,42 @@ class Orthonormaliser {
     return std::max<int64_t>(1, kFlopsPerThread / std::max<int64_t>(kSplitRows * r_ * (r_ + 2 * k_), 1));
   }
 
-  // S = PᵀW and G = WᵀW of the columns after `sweeps` sweeps, in fp64 from fp32 sums over splits.
-  void add_products(const Problem& p, int64_t sweeps) {
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-    torch::stable::parallel_for(0, blocks_.splits, grain(), [&](int64_t begin, int64_t end) {
+  // One more sweep after `sweeps`: G = WᵀW and S = PᵀW, fp32 sums over pieces and fp64 sums of them, and the step.
+  State sweep(const Problem& p, int64_t sweeps) {
+    const int64_t size = (r_ + k_) * ld_;
+    std::fill(products_.begin(), products_.end(), 0.0);
+    torch::stable::parallel_for(0, splits_, grain(), [&](int64_t begin, int64_t end) {
+      std::vector<float> of_G(static_cast<size_t>(layout_.floats_of_sums(r_, r_)));
+      std::vector<float> of_S(static_cast<size_t>(k_ ? layout_.floats_of_sums(k_, r_) : 0));
       for (int64_t split = begin; split < end; ++split) {
-        float* G = sums_.data() + split * sums_size();
-        float* S = G + padded(r_) * ldr_;
-        each_panel(p, split, sweeps, [&](int64_t, int64_t rows, const float* v, const float* basis) {
-          inner(rows, v, ldr_, r_, v, ldr_, r_, G, ldr_, true);
-          if (k_) inner(rows, basis, ldk_, k_, v, ldr_, r_, S, ldr_, false);
+        double *G = products_.data() + split * size, *S = G + r_ * ld_;
+        const auto gather = [&] {
+          layout_.gather(r_, r_, of_G.data(), G, ld_, true);
+          if (k_) layout_.gather(k_, r_, of_S.data(), S, ld_, false);
+        };
+        each_panel(p, split, sweeps, [&](int64_t row, int64_t n, const float* v, const float* basis) {
+          layout_.inner(n, v, r_, v, r_, of_G.data(), true);
+          if (k_) layout_.inner(n, basis, k_, v, r_, of_S.data(), false);
+          if ((row + n) % layout_.rows_of_sums() == 0) gather();
         });
+        gather();
       }
     });
-    kept_is_read_ = true;
-    std::fill(G_.begin(), G_.end(), 0.0);
-    std::fill(S_.begin(), S_.end(), 0.0);
-    for (int64_t split = 0; split < blocks_.splits; ++split) {
-      const float* G = sums_.data() + split * sums_size();
-      const float* S = G + padded(r_) * ldr_;
-      for (int64_t i = 0; i < r_; ++i) {
-        for (int64_t j = i; j < r_; ++j) G_[static_cast<size_t>(i * ld_ + j)] += static_cast<double>(G[i * ldr_ + j]);
-      }
-      for (int64_t i = 0; i < k_; ++i) {
-        for (int64_t j = 0; j < r_; ++j) S_[static_cast<size_t>(i * ld_ + j)] += static_cast<double>(S[i * ldr_ + j]);
-      }
+    is_read_ = true;
+    for (int64_t split = 1; split < splits_; ++split) {
+      for (int64_t i = 0; i < size; ++i) products_[static_cast<size_t>(i)] += products_[static_cast<size_t>(split * size + i)];
     }
-  }
-
-  void find(Sweep& sweep) {
-    sweep.X.resize(static_cast<size_t>(padded(r_) * ld_));
-    sweep.T.resize(static_cast<size_t>(padded(k_) * ld_));
-    sweep.state = step(k_, r_, ld_, S_.data(), G_.data(), rank_tol_, scratch_.data(), sweep.X.data(), sweep.T.data());
-    sweep.R.swap(G_);
-    G_.resize(sweep.R.size());
+    Sweep& found = sweeps_[sweeps];
+    std::copy_n(products_.data(), r_ * ld_, found.R.data());
+    return step(k_, r_, ld_, products_.data() + r_ * ld_, found.R.data(), rank_tol_, scratch_.data(), found.X.data(),
+                found.T.data());
   }
 
   void apply(const Problem& p, int64_t sweeps) {
-    torch::stable::parallel_for(0, blocks_.splits, grain(), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, splits_, grain(), [&](int64_t begin, int64_t end) {
       for (int64_t split = begin; split < end; ++split) {
-        each_panel(p, split, sweeps, [&](int64_t row, int64_t rows, const float* q, const float*) {
-          write(q, ldr_, p.Q, row, rows);
-        });
+        each_panel(p, split, sweeps,
+                   [&](int64_t row, int64_t n, const float* q, const float*) { layout_.write(q, p.Q, row, n); });
       }
     });
   }
@@ -146,9 +168,9 @@ class Orthonormaliser {
   void write_R(const Problem& p, int64_t sweeps) {
     const double* R = sweeps_[0].R.data();
     if (sweeps == 2) {
-      std::fill(G_.begin(), G_.end(), 0.0);
-      product(r_, ld_, sweeps_[1].R.data(), R, G_.data(), scratch_.data());
-      R = G_.data();
+      std::fill_n(products_.data(), r_ * ld_, 0.0);
+      product(r_, ld_, sweeps_[1].R.data(), R, products_.data(), scratch_.data());
+      R = products_.data();
     }
     put_R(p, R);
   }
@@ -171,9 +193,10 @@ class Orthonormaliser {
       with_type(p.P.type, "P", [&](auto type) { finite &= read_double(p.P.as<decltype(type)>(), W, ld); });
     }
     if (finite) {
-      std::fill(G_.begin(), G_.end(), 0.0);
-      *p.rank = static_cast<int32_t>(deflated(d_, m, r_, W, ld, rank_tol_, G_.data(), ld_, group, C));
-      put_R(p, G_.data());
+      double* R = products_.data();
+      std::fill_n(R, r_ * ld_, 0.0);
+      *p.rank = static_cast<int32_t>(deflated(d_, m, r_, W, ld, rank_tol_, R, ld_, group, C));
+      put_R(p, R);
     } else {
       std::fill_n(W, d_ * ld, std::numeric_limits<double>::quiet_NaN());
       std::fill_n(p.R, r_ * r_, std::numeric_limits<float>::quiet_NaN());
@@ -182,15 +205,26 @@ class Orthonormaliser {
     with_type(p.Q.type, "Q", [&](auto type) { write_double(W + m, ld, p.Q.as<decltype(type)>()); });
   }
 
-  int64_t d_, r_, k_, ld_, ldr_, ldk_;
+  int64_t d_, r_, k_, ld_;
   double rank_tol_;
-  Blocks blocks_;
+  Layout layout_;
+  int64_t splits_, block_;
   const Tensor& like_;
-  bool keeps_, kept_is_read_ = false;
-  std::vector<float> sums_, kept_;
-  std::vector<double> S_, G_, scratch_;
+  bool keeps_, is_read_ = false;
+  std::vector<float> kept_;
+  std::vector<double> products_, scratch_;
   Sweep sweeps_[2];
 };
+
+// A small matrix is on its way from memory while the one before it is worked on.
+void prefetch(const Tall& m) {
+  constexpr int64_t kMostBytes = 48 << 10, kLine = 64;
+  const int64_t bytes = m.rows * m.columns * (m.type == ScalarType::Float ? 4 : 2);
+  const bool dense = (m.column_stride == 1 && m.row_stride == m.columns) ||
+                     (m.row_stride == 1 && m.column_stride == m.rows);
+  if (!dense || bytes > kMostBytes) return;
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(m.data) + at);
+}
 
 void check(const Tensor& V, const Tensor& P) {
   STD_TORCH_CHECK(V.dim() == 3 && P.dim() == 3, "V and P must have 3 dimensions, got ", V.dim(), " and ", P.dim());
@@ -219,11 +253,19 @@ std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std:
     for (int64_t at = begin; at < end; ++i) {
       const int64_t d = V[i].size(1), r = V[i].size(2), last = std::min(end, first[i + 1]);
       if (at == last) continue;
-      Orthonormaliser orthonormaliser(d, r, P[i].size(2), rank_tol, V[i]);
-      for (; at < last; ++at) {
-        const int64_t b = at - first[i];
-        orthonormaliser.run({tall(V[i], b), tall(P[i], b), tall(Q[i], b), R[i].mutable_data_ptr<float>() + b * r * r,
-                             rank[i].mutable_data_ptr<int32_t>() + b});
+      const auto run_all = [&](auto orthonormaliser) {
+        for (; at < last; ++at) {
+          const int64_t b = at - first[i];
+          if (at + 1 < last) prefetch(tall(V[i], b + 1));
+          orthonormaliser.run({tall(V[i], b), tall(P[i], b), tall(Q[i], b), R[i].mutable_data_ptr<float>() + b * r * r,
+                               rank[i].mutable_data_ptr<int32_t>() + b});
+        }
+      };
+      const int64_t k = P[i].size(2);
+      if (r + k <= kFewColumns) {
+        run_all(Orthonormaliser<ByColumns>(d, r, k, rank_tol, V[i]));
+      } else {
+        run_all(Orthonormaliser<ByRows>(d, r, k, rank_tol, V[i]));
       }
     }
   });

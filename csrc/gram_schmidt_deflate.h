@@ -32,7 +32,7 @@ CLORA_INLINE void project(int64_t d, double* W, int64_t ld, int64_t m, double* C
   }
   for (int64_t i = 0; i < m * kPad; ++i) C[i] = -C[i];
   const int64_t whole = d / 4 * 4;
-  outer_panels<double>(whole, W, ld, m, C, kPad, kPad, W + m, ld, false, true);
+  outer_panels<double>(whole, W, ld, m, C, kPad, kPad, W + m, ld, Shape::kFull, true);
   for (int64_t row = whole; row < d; ++row) {
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < kPad; ++j) W[row * ld + m + j] += W[row * ld + i] * C[i * kPad + j];

@@ -20,7 +20,6 @@ constexpr double kLimit = 0x1p40;       // norms beyond it, or below its inverse
 struct Sweep {
   std::vector<float> X, T;
   std::vector<double> R;
-  State state = kHard;
 };
 
 // Columns of S [k, r] and G [r, r] are scaled to unit norm; false where a norm is out of bounds.
@@ -47,18 +46,18 @@ CLORA_INLINE double squares(int64_t count, const double* values) {
   return sum;
 }
 
-// S and G, as sums of a panel's products, are used up: G becomes R. `scratch` holds r·ld + k·ld + 4·ld numbers.
+// S and G, as sums of panels' products, are used up: G becomes R. `scratch` holds (r + k + 4 + kSmallBlock)·ld numbers.
 CLORA_INLINE State find_step(int64_t k, int64_t r, int64_t ld, double* S, double* G, double rank_tol, double* scratch,
                              float* x, float* t) {
   double *X = scratch, *T = X + r * ld, *norms = T + k * ld, *scale = norms + ld, *columns = scale + ld,
-         *negated = columns + ld;
+         *negated = columns + ld, *block = negated + ld;
   if (!equilibrate(k, r, ld, S, G, norms, scale)) return kHard;
   const double root = std::sqrt(static_cast<double>(r));
   const double of_unit = std::sqrt(2 * squares(r * ld, G) - static_cast<double>(r));
   for (int64_t i = 0; i < r; ++i) subtract(k, S + i, ld, S, ld, i / 4 * 4, ld, G + i * ld);
-  if (!cholesky(r, ld, G)) return kHard;
+  if (!cholesky(r, ld, G, block)) return kHard;
   std::memset(X, 0, sizeof(double) * static_cast<size_t>((r + k) * ld));
-  invert(r, ld, G, X);
+  invert(r, ld, G, X, block);
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t l = 0; l < r; ++l) negated[l] = -S[i * ld + l];
     for (int64_t first = 0; first < r; first += 4) {  // X is upper triangular

@@ -3,6 +3,9 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clora_kernels, m) {
   m.def("dropout_mask(Tensor seed, Tensor threshold, SymInt first_row, SymInt rows, SymInt columns) -> Tensor");
+  m.def(
+      "gram_schmidt_gradients(Tensor[] dQ, Tensor[] dR, Tensor[] V, Tensor[] P, Tensor[] Q, Tensor[] R, bool need_V, "
+      "bool need_P) -> Tensor[]");
   m.def("gram_schmidt_sweeps(Tensor[] V, Tensor[] P, float rank_tol) -> Tensor[]");
   m.def("routed_lora_few_rows(Tensor dy, Tensor weight, Tensor dx) -> Tensor");
   m.def("routed_lora_fold(Tensor small, Tensor scale, Tensor like) -> Tensor");

@@ -26,28 +26,46 @@ CLORA_INLINE void subtract(int64_t count, const double* coefficients, int64_t st
   }
 }
 
-// The upper triangle of A [r, r] becomes R with RᵀR = A, below it zeros; false where a pivot is not positive.
-CLORA_INLINE bool cholesky(int64_t r, int64_t ld, double* A) {
-  for (int64_t i = 0; i < r; ++i) {
-    double* row = A + i * ld;
-    subtract(i, A + i, ld, A, ld, i / 4 * 4, ld, row);
-    if (!(row[i] > 0)) return false;
-    const double pivot = std::sqrt(row[i]), scale = 1 / pivot;
-    for (int64_t j = 0; j < i; ++j) row[j] = 0;
-    row[i] = pivot;
-    for (int64_t j = i + 1; j < r; ++j) row[j] *= scale;
+constexpr int64_t kSmallBlock = 32;  // rows that are eliminated before a product of panels does the rest
+
+// The upper triangle of A [r, r] becomes R with RᵀR = A, below it zeros; false where a pivot is not positive. What is
+// beyond the columns of A must be finite; `scratch` holds kSmallBlock·ld numbers.
+CLORA_INLINE bool cholesky(int64_t r, int64_t ld, double* A, double* scratch) {
+  for (int64_t first = 0; first < r; first += kSmallBlock) {
+    const int64_t last = std::min(first + kSmallBlock, r);
+    for (int64_t i = first; i < last; ++i) {
+      double* row = A + i * ld;
+      subtract(i - first, A + first * ld + i, ld, A + first * ld, ld, i / 4 * 4, ld, row);
+      if (!(row[i] > 0)) return false;
+      const double pivot = std::sqrt(row[i]), scale = 1 / pivot;
+      for (int64_t j = 0; j < i; ++j) row[j] = 0;
+      row[i] = pivot;
+      for (int64_t j = i + 1; j < r; ++j) row[j] *= scale;
+    }
+    if (last == r) break;
+    for (int64_t i = 0; i < kSmallBlock * ld; ++i) scratch[i] = -A[first * ld + i];
+    inner_panels<double>(kSmallBlock, scratch + last, ld, r - last, A + first * ld + last, ld, r - last,
+                         A + last * ld + last, ld, true);
   }
   return true;
 }
 
 // X = R⁻¹ of an upper triangular R; X must come as zeros.
-CLORA_INLINE void invert(int64_t r, int64_t ld, const double* R, double* X) {
-  for (int64_t i = r - 1; i >= 0; --i) {
-    double* row = X + i * ld;
-    subtract(r - 1 - i, R + i * ld + i + 1, 1, X + (i + 1) * ld, ld, (i + 1) / 4 * 4, ld, row);
-    const double scale = 1 / R[i * ld + i];
-    for (int64_t j = i + 1; j < r; ++j) row[j] *= scale;
-    row[i] = scale;
+CLORA_INLINE void invert(int64_t r, int64_t ld, const double* R, double* X, double* scratch) {
+  for (int64_t first = (r - 1) / kSmallBlock * kSmallBlock; first >= 0; first -= kSmallBlock) {
+    const int64_t last = std::min(first + kSmallBlock, r);
+    if (last < r) {
+      for (int64_t i = 0; i < kSmallBlock * ld; ++i) scratch[i] = -R[first * ld + i];
+      outer_panels<double>(kSmallBlock, scratch + last, ld, r - last, X + last * ld + last, ld, r - last,
+                           X + first * ld + last, ld, Shape::kUpper, true);
+    }
+    for (int64_t i = last - 1; i >= first; --i) {
+      double* row = X + i * ld;
+      subtract(last - 1 - i, R + i * ld + i + 1, 1, X + (i + 1) * ld, ld, (i + 1) / 4 * 4, ld, row);
+      const double scale = 1 / R[i * ld + i];
+      for (int64_t j = i + 1; j < r; ++j) row[j] *= scale;
+      row[i] = scale;
+    }
   }
 }
 

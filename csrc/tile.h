@@ -98,21 +98,27 @@ CLORA_INLINE void inner_panels(int64_t rows, const S* a, int64_t lda, int64_t na
   }
 }
 
-// out [rows, nb] = or += a [rows, na] · x [na, nb]; with `upper` x is upper triangular. Rows are padded too.
+// What is known to be zero in the small factor of a product.
+enum class Shape { kFull, kUpper, kLower };
+
+// out [rows, nb] = or += a [rows, na] · x [na, nb]. Rows are padded too.
 template <typename S>
 CLORA_INLINE void outer_panels(int64_t rows, const S* a, int64_t lda, int64_t na, const S* x, int64_t ldx, int64_t nb,
-                               S* out, int64_t ldo, bool upper, bool add) {
+                               S* out, int64_t ldo, Shape shape, bool add) {
   constexpr int64_t lanes = Simd<S>::lanes;
   for (int64_t j = 0; j < nb;) {
     const bool wide = nb - j > lanes;
-    const int64_t width = wide ? 2 * lanes : lanes, count = upper ? std::min(na, j + width) : na;
+    const int64_t width = wide ? 2 * lanes : lanes;
+    const int64_t first = shape == Shape::kLower ? std::min(j, na) : 0;
+    const int64_t count = (shape == Shape::kUpper ? std::min(na, j + width) : na) - first;
+    const S* factors = x + first * ldx + j;
     if (wide) {
       for (int64_t k = 0; k < rows; k += 4) {
-        tile<S, 4, 2>(count, a + k * lda, lda, 1, x + j, ldx, out + k * ldo + j, ldo, add);
+        tile<S, 4, 2>(count, a + k * lda + first, lda, 1, factors, ldx, out + k * ldo + j, ldo, add);
       }
     } else {
       for (int64_t k = 0; k < rows; k += 8) {
-        tile<S, 8, 1>(count, a + k * lda, lda, 1, x + j, ldx, out + k * ldo + j, ldo, add);
+        tile<S, 8, 1>(count, a + k * lda + first, lda, 1, factors, ldx, out + k * ldo + j, ldo, add);
       }
     }
     j += width;

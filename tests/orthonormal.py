@@ -9,7 +9,7 @@ from strategies import laid_out
 from torch import Tensor
 
 from clora_kernels import gram_schmidt
-from clora_kernels.dispatch.gram_schmidt import why_not_native
+from clora_kernels.kernels.gram_schmidt import layer
 from clora_kernels.reference import gram_schmidt as reference
 from clora_kernels.reference.routed_lora import accumulation_dtype
 from clora_kernels.testing import Deviation, compare
@@ -20,7 +20,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 def backends(dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that can run a matrix of this dtype on the CPU or on whatever device is at hand."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ["aten"] + ([] if why_not_native(dtype, device) else ["native"])
+    return ["aten"] + ([] if layer.why_not(dtype, device) else ["native"])
 
 
 CASES = [(name, backend) for name, dtype in TYPES.items() for backend in backends(dtype)]

@@ -10,14 +10,14 @@ that are there, an empty tensor for one that is not wanted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from ..kernels.gram_schmidt import aten
-from ..kernels.gram_schmidt.algebra import Columns, Primitives, backward, complete, forward
-from ..kernels.gram_schmidt.stacks import alike, columns_of, flat, parts, stacked
+from ..kernels.gram_schmidt import aten, layer, stacks
+from ..kernels.gram_schmidt.algebra import Outputs, Primitives, complete
+from ..kernels.gram_schmidt.stacks import columns_of, flat
 from ..library import define_operator, without_autocast
 from ..reference.gram_schmidt import GramSchmidtResult, tolerance
 from ..reference.routed_lora import accumulation_dtype
@@ -27,12 +27,18 @@ DEFICIENT = ("zero", "random", "raise")
 
 
 def choose(V: Tensor, backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``aten``, which is proved on every device."""
+    """The rule: what is named runs or raises; ``auto`` is ``native`` on a CPU where it is built and takes the dtype,
+    else ``aten``, which is proved on every device."""
     check_backend(backend)
-    if backend in ("triton", "native"):
-        reason = f"it is not built for {V.dtype} on {V.device.type}; use 'auto' or 'aten'"
-        raise unavailable("gram_schmidt", backend, reason)
-    return _choice(backend if backend == "reference" else "aten", V.device.type, backend)
+    if backend in ("auto", "native"):
+        why_not = layer.why_not(V.dtype, V.device.type)
+        if backend == "native" and why_not:
+            raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
+        if not why_not:
+            return _choice("native", V.device.type, backend)
+    if backend == "triton":
+        raise unavailable("gram_schmidt", backend, "it has no Triton kernels; use 'auto' or 'aten'")
+    return _choice("reference" if backend == "reference" else "aten", V.device.type, backend)
 
 
 @cache
@@ -40,11 +46,15 @@ def _choice(chosen: str, device_type: str, backend: str) -> Choice:
     named = "named by the caller"
     if chosen == "reference":
         return Choice(chosen, "plain PyTorch, column by column", f"{named}; differentiable twice, slower, more memory")
+    if chosen == "native":
+        strategy = "Cholesky-QR in the caches, once or twice, and column by column in fp64 where it must be"
+        return Choice(chosen, strategy, named if backend == chosen else "compiled operators, faster on a CPU")
     strategy = "Cholesky-QR with fp64 Gram matrices, once or twice, and column by column where it must be"
     return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
 
 
 def _primitives(backend: str) -> Primitives:
+    """The module of a backend that was chosen."""
     return aten
 
 
@@ -60,13 +70,17 @@ def run_forward(
     """All Q, all R, all ranks, in the leading dimensions of each V."""
     with without_autocast(Vs[0].device.type):
         columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
-        results: list[GramSchmidtResult] = [None] * len(Vs)
-        for places in alike(columns):
-            chosen = [columns[i] for i in places]
-            whole = _run(_stack(chosen), tolerance(rank_tol, Vs[0].dtype), deficient, backend)
-            sizes = [c.V.shape[0] for c in chosen]
-            for i, *found in zip(places, *(parts(t, sizes) for t in whole), strict=True):
-                results[i] = _shaped(GramSchmidtResult(*found), Vs[i])
+        if deficient == "random":  # what completes Q must be orthogonal to it before it is rounded
+            columns = [c._replace(V=c.V.to(accumulation_dtype(c.V.dtype))) for c in columns]
+        tol = tolerance(rank_tol, Vs[0].dtype)
+        run = layer.forward if backend == "native" else partial(stacks.forward, _primitives(backend))
+        found = run(columns, tol)
+        if deficient == "random":
+            found = [
+                f._replace(Q=complete(lambda c: run([c], tol)[0], c, f).to(V.dtype))
+                for f, c, V in zip(found, columns, Vs, strict=True)
+            ]
+        results = [_shaped(f, V) for f, V in zip(found, Vs, strict=True)]
         if deficient == "raise":
             check_rank(results)
         return [t for of_all in zip(*results, strict=True) for t in of_all]
@@ -75,21 +89,6 @@ def run_forward(
 def _shaped(result: GramSchmidtResult, V: Tensor) -> GramSchmidtResult:
     lead, r = V.shape[:-2], V.shape[-1]
     return GramSchmidtResult(_laid_out(result.Q, V), result.R.reshape(*lead, r, r), result.rank.reshape(lead))
-
-
-def _stack(columns: Sequence[Columns]) -> Columns:
-    P = None if columns[0].P is None else stacked([c.P for c in columns])
-    return Columns(stacked([c.V for c in columns]), P)
-
-
-def _run(columns: Columns, rank_tol: float, deficient: str, backend: str) -> GramSchmidtResult:
-    kernels, V = _primitives(backend), columns.V
-    if deficient != "random":
-        return forward(kernels, columns, rank_tol)
-    # what completes Q must be orthogonal to it before it is rounded
-    wide = columns._replace(V=V.to(accumulation_dtype(V.dtype)))
-    result = forward(kernels, wide, rank_tol)
-    return result._replace(Q=complete(kernels, wide, result, rank_tol).to(V.dtype))
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -123,19 +122,15 @@ def run_backward(
     backend: str,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradient of each V and of each basis; None for what is not wanted."""
-    dVs: list[Tensor | None] = [None] * len(Vs)
-    dPs: list[Tensor | None] = [None] * len(Vs)
-    kernels = _primitives(backend)
     with without_autocast(Vs[0].device.type):
         columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
-        for places in alike(columns):
-            dQ, dR, Q, R = (stacked([flat(t[i]) for i in places]) for t in (dQs, dRs, Qs, Rs))
-            wants = any(need_V[i] for i in places), any(need_P[i] for i in places)
-            whole = backward(kernels, dQ, dR, _stack([columns[i] for i in places]), Q, R, *wants)
-            sizes = [columns[i].V.shape[0] for i in places]
-            for i, dV, dP in zip(places, *(parts(t, sizes) for t in whole), strict=True):
-                dVs[i] = None if dV is None or not need_V[i] else _laid_out(dV, Vs[i])
-                dPs[i] = _of_basis(dP, Vs[i], bases[i]) if need_P[i] else None
+        outputs = [Outputs(*map(flat, of_one)) for of_one in zip(Qs, Rs, dQs, dRs, strict=True)]
+        run = layer.backward if backend == "native" else partial(stacks.backward, _primitives(backend))
+        found = run(outputs, columns, any(need_V), any(need_P))
+        dVs = [_laid_out(dV, V) if need else None for (dV, _), V, need in zip(found, Vs, need_V, strict=True)]
+        dPs = [
+            _of_basis(dP, V, P) if need else None for (_, dP), V, P, need in zip(found, Vs, bases, need_P, strict=True)
+        ]
     return dVs, dPs
 
 
@@ -210,8 +205,3 @@ gram_schmidt_backward = define_operator(
     _backward,
     _backward_fake,
 )
-
-
-def why_not_native(dtype: torch.dtype, device_type: str) -> str:
-    """Why the compiled operators cannot run such a tensor; empty if they can."""
-    return f"it is not built for {dtype} on {device_type}"

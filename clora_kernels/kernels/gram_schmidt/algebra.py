@@ -23,7 +23,7 @@ Backward needs two reads of the tall operands, ``inner`` and ``combine``, and wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,6 +43,15 @@ class Columns(NamedTuple):
 
     V: Tensor
     P: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """Q [B, d, r] and R [B, r, r] of forward, and the gradients of both."""
+
+    Q: Tensor
+    R: Tensor
+    dQ: Tensor
+    dR: Tensor
 
 
 class Sweep(NamedTuple):
@@ -108,30 +117,30 @@ def _where_again(state: Tensor, sweep: Sweep) -> Sweep:
     return Sweep(torch.where(again, sweep.X, eye.to(sweep.X.dtype)), T, torch.where(again, sweep.R, eye), sweep.state)
 
 
-def complete(kernels: Primitives, columns: Columns, result: GramSchmidtResult, rank_tol: float) -> Tensor:
-    """Q with random orthonormal columns in the places of dependent ones; Q unrounded, NaN stays."""
-    kept = result.R.diagonal(dim1=-2, dim2=-1) != 0
-    places = ~kept & (result.rank >= 0)[:, None]
-    if not kernels.any(places):
-        return result.Q
+def complete(
+    orthonormalise: Callable[[Columns], GramSchmidtResult], columns: Columns, result: GramSchmidtResult
+) -> Tensor:
+    """Q with random orthonormal columns in the places of dependent ones; Q unrounded, NaN stays. On a GPU, which is not
+    waited for, ``orthonormalise`` gets every matrix, on a CPU those that have such places."""
     Q = result.Q
-    candidates = completion(Q.shape[-2], Q.shape[-1], Q.device, Q.dtype) * places[:, None, :]
-    basis = Q if columns.P is None else torch.cat([columns.P.to(Q.dtype), Q], -1)
-    return Q + torch.where(places[:, None, :], forward(kernels, Columns(candidates, basis), rank_tol).Q, 0.0)
+    places = ((result.R.diagonal(dim1=-2, dim2=-1) == 0) & (result.rank >= 0)[:, None])[:, None, :]
+    chosen = places.flatten(1).any(1).nonzero()[:, 0] if Q.device.type == "cpu" else slice(None)
+    if Q.numel() == 0 or (isinstance(chosen, Tensor) and not len(chosen)):
+        return Q
+    places, basis = places[chosen], Q[chosen]
+    candidates = completion(Q.shape[-2], Q.shape[-1], Q.device, Q.dtype) * places
+    if columns.P is not None:
+        basis = torch.cat([columns.P[chosen].to(Q.dtype), basis], -1)
+    Q = Q.clone()
+    Q[chosen] += torch.where(places, orthonormalise(Columns(candidates, basis)).Q, 0.0)
+    return Q
 
 
 def backward(
-    kernels: Primitives,
-    dQ: Tensor,
-    dR: Tensor,
-    columns: Columns,
-    Q: Tensor,
-    R: Tensor,
-    need_V: bool = True,
-    need_P: bool = True,
+    kernels: Primitives, outputs: Outputs, columns: Columns, need_V: bool, need_P: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dV [B, d, r] in the dtype of V, and dP [B, d, k] in the accumulation dtype; None for what is not needed."""
-    V, P = columns
+    (V, P), (Q, R, dQ, dR) = columns, outputs
     acc = accumulation_dtype(V.dtype)
     need_P = need_P and P is not None
     if V.numel() == 0:

@@ -1,20 +1,22 @@
-"""Matrices of a list that have one shape, as one stack: a handful of launches for all factors of a model."""
+"""The algorithm for a list of matrices: those of one shape are one stack, so that all factors of a model take a handful
+of launches."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .algebra import Columns
+from ...reference.gram_schmidt import GramSchmidtResult
+from . import algebra
+from .algebra import Columns, Outputs, Primitives
 
 
 def flat(t: Tensor, lead: Sequence[int] | None = None) -> Tensor:
     """t [..., m, n], broadcast to the leading dimensions ``lead`` if they are given, as [B, m, n]."""
     t = t if lead is None else t.expand(*lead, *t.shape[-2:])
-    return t if t.dim() == 3 else t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
+    return t if t.dim() == 3 else t.reshape(t.shape[:-2].numel(), *t.shape[-2:])
 
 
 def columns_of(V: Tensor, against: Tensor | None) -> Columns:
@@ -24,12 +26,30 @@ def columns_of(V: Tensor, against: Tensor | None) -> Columns:
     return Columns(flat(V), flat(against, V.shape[:-2]))
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[B₁ + B₂ + .., m, n] of tensors [B, m, n]; one alone is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def forward(kernels: Primitives, columns: Sequence[Columns], rank_tol: float) -> list[GramSchmidtResult]:
+    """``algebra.forward`` of each."""
+    results: list[GramSchmidtResult] = [None] * len(columns)
+    for places in _alike(columns):
+        whole = algebra.forward(kernels, _stacked([columns[i] for i in places]), rank_tol)
+        for i, result in zip(places, _parts(whole, [columns[i] for i in places]), strict=True):
+            results[i] = GramSchmidtResult(*result)
+    return results
 
 
-def alike(columns: Sequence[Columns]) -> list[list[int]]:
+def backward(
+    kernels: Primitives, outputs: Sequence[Outputs], columns: Sequence[Columns], need_V: bool, need_P: bool
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """``algebra.backward`` of each."""
+    results: list[tuple[Tensor | None, Tensor | None]] = [None] * len(columns)
+    for places in _alike(columns):
+        some = [columns[i] for i in places]
+        whole = algebra.backward(kernels, _stacked([outputs[i] for i in places]), _stacked(some), need_V, need_P)
+        for i, result in zip(places, _parts(whole, some), strict=True):
+            results[i] = (result[0], result[1])
+    return results
+
+
+def _alike(columns: Sequence[Columns]) -> list[list[int]]:
     """The places of those that can be stacked, group by group."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (V, P) in enumerate(columns):
@@ -38,8 +58,18 @@ def alike(columns: Sequence[Columns]) -> list[list[int]]:
     return list(groups.values())
 
 
-def parts(whole: Tensor | None, sizes: Sequence[int]) -> list[Tensor | None]:
-    """The tensors of a stack, each with a storage of its own: outputs of one operator may not share one."""
-    if whole is None or len(sizes) == 1:
-        return [whole] * len(sizes)
-    return [part.clone() for part in whole.split(list(sizes))]
+def _stacked(records):  # type: ignore[no-untyped-def]
+    """One record of tensors [B₁ + B₂ + .., m, n] of several of tensors [B, m, n]; one alone is not copied."""
+    if len(records) == 1:
+        return records[0]
+    return type(records[0])(*(None if ts[0] is None else torch.cat(ts) for ts in zip(*records, strict=True)))
+
+
+def _parts(whole: Sequence[Tensor | None], columns: Sequence[Columns]) -> list[list[Tensor | None]]:
+    """The tensors of a stack for each of its members, with a storage of their own: outputs of one operator may not
+    share one."""
+    if len(columns) == 1:
+        return [list(whole)]
+    sizes = [c.V.shape[0] for c in columns]
+    split = [[None] * len(sizes) if t is None else [part.clone() for part in t.split(sizes)] for t in whole]
+    return [list(of_one) for of_one in zip(*split, strict=True)]
