@@ -182,7 +182,7 @@ class Orthonormaliser {
   }
 
   void deflate(const Problem& p) {
-    const int64_t m = padded(k_), ld = m + padded(r_);
+    const int64_t m = padded(k_), ld = (m + padded(r_)) | kPad;  // rows that do not all share a few sets of a cache
     const Tensor buffer = torch::stable::new_empty(like_, {2 * (d_ * ld + kPad * d_ + ld * kPad)}, ScalarType::Float);
     auto* W = static_cast<double*>(buffer.data_ptr());
     double *group = W + d_ * ld, *C = group + kPad * d_;
@@ -262,7 +262,7 @@ std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std:
         }
       };
       const int64_t k = P[i].size(2);
-      if (r + k <= kFewColumns) {
+      if (r <= kFewColumns && k <= kFewColumns) {
         run_all(Orthonormaliser<ByColumns>(d, r, k, rank_tol, V[i]));
       } else {
         run_all(Orthonormaliser<ByRows>(d, r, k, rank_tol, V[i]));

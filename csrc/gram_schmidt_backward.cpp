@@ -255,7 +255,7 @@ std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const 
                               need_V ? tall(dV[i], b) : Tall{}, need_P ? tall(dP[i], b) : Tall{}});
         }
       };
-      if (2 * r + k <= kFewColumns) {
+      if (r <= kFewColumns && k <= kFewColumns) {
         run_all(Differentiator<ByColumns>(d, r, k));
       } else {
         run_all(Differentiator<ByRows>(d, r, k));

@@ -15,9 +15,10 @@ namespace clora_kernels {
 // Rows whose products are summed by one thread; fixed, so that no bit depends on the number of threads.
 constexpr int64_t kSplitRows = 2048;
 
-// Columns of V and P together up to which panels by columns are faster. One thread of a Zen 4, 16 matrices of 4096 rows,
-// ms by columns and by rows: 0.5 and 0.9 for 6 columns, 1.1 and 1.7 for 16, 2.9 and 2.9 for 32, 18 and 14 for 176.
-constexpr int64_t kFewColumns = 24;
+// Columns of V, and of P, up to which panels by columns are faster. One thread of a Zen 4, 16 matrices of 4096 rows, ms by
+// columns and by rows: forward 0.5 and 0.9 for 6 columns, 1.1 and 1.7 for 16, 3.9 and 3.3 for 32; 2.9 and 2.9 for 16 beside
+// 16, 8.1 and 7.0 beside 64; backward 2.7 and 3.5 for 16, 5.1 and 4.4 for 24, 7.7 and 11 for 16 beside 16.
+constexpr int64_t kFewColumns = 16;
 
 // A matrix of one of three element types.
 struct Tall {

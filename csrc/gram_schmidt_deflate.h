@@ -5,23 +5,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "tile.h"
+#include "small.h"
 
 namespace clora_kernels {
 
 constexpr int64_t kDeflateRows = 128;  // of a panel that stays in the first caches
-
-CLORA_INLINE double dot(int64_t count, const double* a, const double* b) {
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += 512) {
-    double sum = 0;
-    const int64_t end = std::min(begin + 512, count);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += a[i] * b[i];
-    total += sum;
-  }
-  return total;
-}
 
 // group [kPad][d] −= basis [d, m] · (basisᵀ·group), as rows of W [d, ld] from column m on; C [padded(m), kPad]: basisᵀ·group.
 CLORA_INLINE void project(int64_t d, double* W, int64_t ld, int64_t m, double* C) {

@@ -39,13 +39,6 @@ CLORA_INLINE bool equilibrate(int64_t k, int64_t r, int64_t ld, double* S, doubl
   return true;
 }
 
-CLORA_INLINE double squares(int64_t count, const double* values) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += values[i] * values[i];
-  return sum;
-}
-
 // S and G, as sums of panels' products, are used up: G becomes R. `scratch` holds (r + k + 4 + kSmallBlock)·ld numbers.
 CLORA_INLINE State find_step(int64_t k, int64_t r, int64_t ld, double* S, double* G, double rank_tol, double* scratch,
                              float* x, float* t) {
@@ -53,7 +46,7 @@ CLORA_INLINE State find_step(int64_t k, int64_t r, int64_t ld, double* S, double
          *negated = columns + ld, *block = negated + ld;
   if (!equilibrate(k, r, ld, S, G, norms, scale)) return kHard;
   const double root = std::sqrt(static_cast<double>(r));
-  const double of_unit = std::sqrt(2 * squares(r * ld, G) - static_cast<double>(r));
+  const double of_unit = std::sqrt(2 * dot(r * ld, G, G) - static_cast<double>(r));
   for (int64_t i = 0; i < r; ++i) subtract(k, S + i, ld, S, ld, i / 4 * 4, ld, G + i * ld);
   if (!cholesky(r, ld, G, block)) return kHard;
   std::memset(X, 0, sizeof(double) * static_cast<size_t>((r + k) * ld));
@@ -68,7 +61,7 @@ CLORA_INLINE State find_step(int64_t k, int64_t r, int64_t ld, double* S, double
   std::fill_n(columns, ld, 0.0);
   for (int64_t i = 0; i < r + k; ++i) {
     const double* row = X + i * ld;  // T follows X
-    const double sum = squares(ld, row);
+    const double sum = dot(ld, row, row);
     largest = std::max(largest, sum);
     (i < r ? of_X : of_T) += sum;
     for (int64_t j = 0; j < ld; ++j) columns[j] += row[j] * row[j];

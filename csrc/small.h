@@ -7,6 +7,21 @@
 
 namespace clora_kernels {
 
+CLORA_INLINE double dot(int64_t count, const double* a, const double* b) {
+  constexpr int64_t lanes = Simd<double>::lanes, kChains = 4;
+  DoubleVector acc[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * lanes <= count; i += kChains * lanes) {
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kChains; ++c) acc[c] += vector_at(a + i + c * lanes) * vector_at(b + i + c * lanes);
+  }
+  const DoubleVector sums = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  double sum = 0;
+  for (int64_t l = 0; l < lanes; ++l) sum += sums[l];
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 // target[begin..end) -= Σ_l coefficients[l·step] · rows[l·ld + begin..end)
 CLORA_INLINE void subtract(int64_t count, const double* coefficients, int64_t step, const double* rows, int64_t ld,
                            int64_t begin, int64_t end, double* target) {

@@ -88,12 +88,18 @@ def run_forward(
 
 def _shaped(result: GramSchmidtResult, V: Tensor) -> GramSchmidtResult:
     lead, r = V.shape[:-2], V.shape[-1]
-    return GramSchmidtResult(_laid_out(result.Q, V), result.R.reshape(*lead, r, r), result.rank.reshape(lead))
+    Q = _laid_out(result.Q, V)
+    if len(lead) == 1:
+        return result if Q is result.Q else result._replace(Q=Q)
+    return GramSchmidtResult(Q, result.R.reshape(*lead, r, r), result.rank.reshape(lead))
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """``t`` with the shape and the strides of ``torch.empty_like(like)``, as the fakes promise."""
-    t, out = t.reshape(like.shape), torch.empty_like(like, device="meta")
+    t = t if like.dim() == 3 else t.reshape(like.shape)
+    if t.is_contiguous() and like.is_contiguous():
+        return t
+    out = torch.empty_like(like, device="meta")
     return t if t.stride() == out.stride() else torch.empty_like(like).copy_(t)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice, check_backend
-from ...dispatch.gram_schmidt import check_rank, choose
+from ...dispatch.gram_schmidt import check_rank, choose, run_forward
 from ...dispatch.gram_schmidt import gram_schmidt as operator
 from ...library import without_autocast
 from ...reference import gram_schmidt as reference
@@ -167,9 +167,12 @@ def _run(
     out: Sequence[Tensor]
     if compiling:  # the operator has the gradients of the Function
         out = operator(tensors[:n], tensors[n:], given, rank_tol, deficient, backend)
+    elif not is_plain(Vs[0], tensors):
+        out = GramSchmidtFunction.apply(given, rank_tol, deficient, chosen, *tensors)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out = GramSchmidtEagerFunction.apply(given, rank_tol, deficient, chosen, *tensors)
     else:
-        function: Any = GramSchmidtEagerFunction if is_plain(Vs[0], tensors) else GramSchmidtFunction
-        out = function.apply(given, rank_tol, deficient, chosen, *tensors)
+        out = run_forward(Vs, bases, rank_tol, deficient, chosen)
     return [GramSchmidtResult(out[i], out[n + i], out[2 * n + i]) for i in range(n)]
 
 

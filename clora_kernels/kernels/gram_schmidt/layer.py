@@ -60,7 +60,7 @@ def backward(
 
 def _bases(columns: Sequence[Columns]) -> list[Tensor]:
     """For each its basis in a dtype that the operators take, one without columns for none."""
-    return [c.V[..., :0] if c.P is None else c.P if c.P.dtype in _DTYPES else c.P.float() for c in columns]
+    return [c.V.narrow(2, 0, 0) if c.P is None else c.P if c.P.dtype in _DTYPES else c.P.float() for c in columns]
 
 
 if extension.has_op("gram_schmidt_sweeps", "cpu"):
