@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("clora_kernels", "FRAGMENT")
 
@@ -22,8 +23,11 @@ def define_operator(schema: str, implementation: Callable[..., Any], fake: Calla
     return getattr(torch.ops.clora_kernels, name).default
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is enabled for a device; False for devices that have none (meta)."""
+def autocast_is_on(t: Tensor) -> bool:
+    """Whether autocast is enabled for the device of ``t``; False for devices that have none (meta)."""
+    if not torch._C._is_any_autocast_enabled():  # as nearly always, for a third of the time
+        return False
+    device_type = t.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

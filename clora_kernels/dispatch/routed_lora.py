@@ -39,22 +39,28 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
     """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
     else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
     that it wins; none ships."""
-    dtype, device_type = x.dtype, x.device.type
     check_backend(backend)
     if backend in ("auto", "native"):
-        why_not = layer.why_not(dtype, device_type, projections)
+        why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
-            return _choice("native", dtype, device_type, False, backend)
-    if backend == "triton" and (why_not := why_not_triton(dtype, device_type, x.device.index)):
+            return _choice("native", backend)
+    if backend == "triton" and (why_not := why_not_triton(x.dtype, x.device.type, x.device.index)):
         raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
     chosen = backend if backend in ("reference", "triton") else "aten"
-    return _choice(chosen, dtype, device_type, projections[0].base_output is not None, backend)
+    has_base_output = projections[0].base_output is not None
+    return _choice(chosen, backend, x.dtype, has_base_output, "cpu" if x.is_cpu else x.device.type)
 
 
 @cache
-def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
+def _choice(
+    chosen: str,
+    backend: str,
+    dtype: torch.dtype | None = None,
+    has_base_output: bool = False,
+    device_type: str = "cpu",
+) -> Choice:
     named = "named by the caller"
     if chosen == "reference":
         return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
@@ -103,7 +109,7 @@ def check_index(j: Projection, prefix: str = "") -> None:
     alone."""
     if j.routing_index is None or not j.routing_index.numel():
         return
-    if j.routing_index.device.type != "cpu" and os.environ.get("CLORA_CHECK_INDICES") != "1":
+    if not j.routing_index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
         return
     T = j.routing.shape[0]
     bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
@@ -115,7 +121,7 @@ def check_index(j: Projection, prefix: str = "") -> None:
 
 def _in_bounds(j: Projection) -> Projection:
     """An index that is not checked must at least not read outside the bank."""
-    if j.routing_index is None or j.routing_index.device.type == "cpu":
+    if j.routing_index is None or j.routing_index.is_cpu:
         return j
     return j._replace(routing_index=j.routing_index.clamp(0, j.routing.shape[0] - 1))
 
@@ -139,16 +145,16 @@ def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
     return [Needs(*needs[i : i + size]) for i in range(0, len(needs), size)]
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """The dtypes are decided before an operator is called; leaving autocast costs 4 µs, so only where it is on."""
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if autocast_is_on(t):
+        return torch.autocast(t.device.type, enabled=False)
     return nullcontext()
 
 
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
     """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         if backend == "native":
             ys, kept = layer.forward(x, projections[0])
         else:
@@ -167,7 +173,7 @@ def run_backward(
     backend: str,
 ) -> list[Tensor | None]:
     """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
-    with without_autocast(dys[0].device.type):
+    with without_autocast(dys[0]):
         if backend == "native":
             dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
         else:

@@ -174,7 +174,8 @@ def _run(
         raise TypeError(f"training: got {type(training).__name__}, expected True or False")
     x, projections = prepare(x, adapters, base_output, prefix)
     # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
-    late = torch.compiler.is_compiling() and backend != "reference"
+    compiling = torch.compiler.is_compiling()
+    late = compiling and backend != "reference"
     if late:
         check_backend(backend)
     chosen = backend if late else choose(x, projections, backend).backend
@@ -182,7 +183,7 @@ def _run(
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
-    if torch.compiler.is_compiling():
+    if compiling:
         # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
         # with one gate), nor one with *tensors where nothing learns.
         return routed_lora(x, tensors, given, chosen)[: len(projections)]
@@ -202,43 +203,30 @@ def prepare(
     """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on);
     the draws of dropout are still to be made."""
     check_x(x)
-    device_type = x.device.type
-    autocast = autocast_is_on(device_type)
-    x = _autocast(x, device_type) if autocast else x
+    autocast = autocast_is_on(x)
+    x = _autocast(x) if autocast else x
     projections = []
     for i, a in enumerate(adapters):
-        place = prefix.format(i)
+        place = prefix and prefix.format(i)
         scaling = scaling_tensor(a.scaling, x, place)
         check_dropout(a.dropout_p, a.dropout_seed, x, place)
-        weight = _autocast(a.weight, device_type) if autocast and a.weight is not None else a.weight
-        j = Projection(
-            weight=weight,
-            lora_A=a.lora_A,
-            lora_B=a.lora_B,
-            routing=a.routing,
-            frozen_routing=a.frozen_routing,
-            routing_index=a.routing_index,
-            gate=a.gate,
-            bias=a.bias,
-            base_output=base_output,
-            scaling=scaling,
-            seed=None,
-            threshold=None,
-        )
+        weight = _autocast(a.weight) if autocast and a.weight is not None else a.weight
+        options = (a.routing, a.frozen_routing, a.routing_index, a.gate, a.bias)
+        j = Projection(weight, a.lora_A, a.lora_B, *options, base_output, scaling, None, None)
         check_projection(x, j, place)
-        if not torch.compiler.is_compiling():  # then the operator does it
+        if j.routing_index is not None and not torch.compiler.is_compiling():  # then the operator does it
             check_index(j, place)
         projections.append(j)
     return x, projections
 
 
-def _autocast(t: Tensor, device_type: str) -> Tensor:
+def _autocast(t: Tensor) -> Tensor:
     """What F.linear would compute with: autocast leaves fp64 alone."""
-    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device_type))
+    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         return reference.forward(
             x,
             j.weight,
