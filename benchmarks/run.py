@@ -28,7 +28,9 @@ from checks import Verdict, check, truths
 from contestants import BUILDERS, OURS, Contestant, make_problem, why_not
 from points import Point, chosen, points_of
 from roofline import Ceilings, frozen_floor, measure_ceilings, routed_lora_floor
-from timing import Spread, peak_bytes, take_turns
+
+from clora_kernels.testing import Spread, take_turns
+from clora_kernels.testing.timing import peak_bytes
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

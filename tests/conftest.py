@@ -72,7 +72,7 @@ def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch:
 @pytest.fixture
 def with_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the Triton kernels of routed LoRA run with the given tiles, whatever the call."""
-    from clora_kernels.kernels.routed_lora.triton import tiles
+    from clora_kernels.kernels.routed_lora import tiles
 
     def use(linear: Any = None, shrink: Any = None, reduce: Any = None) -> None:
         chosen, before = {"linear": linear, "shrink": shrink, "reduce": reduce}, tiles.default

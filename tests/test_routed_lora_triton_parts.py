@@ -18,9 +18,10 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 import triton
 import triton.language as tl
 
+from clora_kernels.kernels.routed_lora import tiles
 from clora_kernels.kernels.routed_lora import triton as kernels
-from clora_kernels.kernels.routed_lora.triton import common, tiles
-from clora_kernels.kernels.routed_lora.triton.tiles import Key, LinearTile, ReduceTile, ShrinkTile
+from clora_kernels.kernels.routed_lora.tiles import Key, LinearTile, ReduceTile, ShrinkTile
+from clora_kernels.kernels.routed_lora.triton import common
 
 OPTIONS = {"frozen": True, "gate": (3, 7, 5), "scaling": None, "dropout_p": 0.2}
 TENSORS = ("x", "weight", "lora_A", "lora_B", "routing", "frozen_routing", "bias", "gate")

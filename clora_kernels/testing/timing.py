@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import environment  # noqa: F401
 import torch
 from torch import Tensor
 
-from clora_kernels.testing import peak_memory
+from .memory import peak_memory
 
 BURST_SECONDS = 4e-3
 
