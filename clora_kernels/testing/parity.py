@@ -172,7 +172,8 @@ class Expected:
             if name not in same:
                 raise ValueError(f"gradients: got {name!r}, expected some of {', '.join(k for k in same if k != 'y')}")
         accumulation = routed_lora.accumulation_dtype(next(iter(inputs.values())).dtype)
-        return cls(*({k: found[k] for k in names} for found in (truth, same, magnitude)), accumulation)
+        truth, same, magnitude = ({k: found[k] for k in names} for found in (truth, same, magnitude))
+        return cls(truth, same, magnitude, accumulation)
 
     def check(self, results: Mapping[str, Any]) -> dict[str, Deviation]:
         """The deviation of each result; AssertionError naming each that is not within the rule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,10 +106,10 @@ def run(options: argparse.Namespace) -> int:
     """Tune; returns the exit status: 1 if a backend was wrong, 2 if nothing can run here, 130 if interrupted."""
     begun = time.monotonic()
     device, why_not = _device(options.device)
-    if why_not:
-        return _cannot(f"--device {options.device}: {why_not}")
+    stamp = None if why_not else stamp_of(device)
+    if stamp is None:
+        return _cannot(f"--device {options.device}: {why_not or 'under TRITON_INTERPRET=1 only cpu is tuned'}")
     folder = options.output or user_folder()
-    stamp = stamp_of(device)
     path = folder / stamp.file_name
     try:
         table = read(path) if path.exists() else Table(stamp)
@@ -116,12 +117,13 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _cannot(f"{path}: {error}; move it away, or name another folder with --output")
     calls = list(plan(options, device.type == "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current one
     search = Search(device, table, folder, begun + options.seconds, options.again, _say)
     _say(f"{stamp.device}, triton {stamp.triton}, torch {stamp.torch}: {len(calls)} calls in {options.seconds:.0f} s")
-    _say(f"{path} holds {len(table.tiles)} tiles and {len(table.calls)} verdicts")
+    _say(f"{path}: {table}")
     status = _tune(search, calls, device)
-    _say(f"{path} holds {len(table.tiles)} tiles and {len(table.calls)} verdicts, "
-         f"{sum(verdict.wins for verdict in table.calls.values())} of them for triton")  # fmt: skip
+    _say(f"{path}: {table}")
     if folder.resolve() != user_folder().resolve():
         _say(f"auto reads it where CLORA_TABLES={folder} is set")
     return status
@@ -163,10 +165,7 @@ def _device(name: str) -> tuple[torch.device, str]:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         return torch.device("cpu"), str(error).splitlines()[0]
-    why_not = why_not_triton(torch.bfloat16, device.type, device.index)
-    if not why_not and stamp_of(device) is None:
-        why_not = "under TRITON_INTERPRET=1 only cpu is tuned"
-    return device, why_not
+    return device, why_not_triton(torch.bfloat16, device.type, device.index)
 
 
 def _say(line: str) -> None:
@@ -174,7 +173,5 @@ def _say(line: str) -> None:
 
 
 def _cannot(why: str) -> int:
-    import sys
-
     print(f"clora_kernels tune: {why}", file=sys.stderr)
     return CANNOT_RUN

@@ -110,7 +110,7 @@ class Problem:
         inputs = {"x": self.x[:rows]} | {f"{k}.{j}": v for j, layer in enumerate(self.layers) for k, v in layer.items()}
         gradients = ["x", *(f"{name}.{j}" for j in range(len(self.layers)) for name in self.learning)]
         dy = torch.cat([dy[:rows] for dy in self.dys], -1)
-        return Expected.of(inputs, dy=dy, gradients=gradients, reference=SideBySide)
+        return Expected.of(inputs, dy=dy, gradients=gradients, reference=SideBySide())
 
     @cached_property
     def _frozen(self) -> list[Tensor]:
@@ -131,7 +131,8 @@ class SideBySide:
     def backward(dy: Tensor, x: Tensor, **arguments: Any) -> Any:
         layers = _layers(arguments)
         parts = dy.split([layer["lora_B"].shape[0] for layer in layers], -1)
-        found, dx = {}, torch.zeros_like(x, dtype=reference.accumulation_dtype(x.dtype))
+        found: dict[str, Tensor | None] = {}
+        dx = torch.zeros_like(x, dtype=reference.accumulation_dtype(x.dtype))
         for j, (layer, part) in enumerate(zip(layers, parts, strict=True)):
             gradients = reference.backward(part, x, **layer)
             dx += gradients.x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,16 @@ class Search:
     def _search(self, key: Key, launches: list[Callable[[], object]], problem: Problem) -> None:
         """Prove the candidates for ``key``, time those that are right, keep the default unless another is faster beyond
         the spread."""
-        before, best = self.table.tiles.get(key), None
+        before, found = self.table.tiles.get(key), None
         try:
-            best = self._best(key, launches, problem)
+            found = self._best(key, launches, problem)
         finally:
-            self.table.tiles.pop(key, None)
-            if best or before:
-                self.table.tiles[key] = best or before
-        if best:
+            keep = found or before
+            if keep:
+                self.table.tiles[key] = keep
+            else:
+                self.table.tiles.pop(key, None)
+        if found:
             self.table.save(self.folder)
 
     def _best(self, key: Key, launches: list[Callable[[], object]], problem: Problem) -> Tuned | None:
@@ -133,9 +136,8 @@ class Search:
         for rows in rows_of(call.bucket):
             turns = {backend: problem.step(backend, rows) for backend in ("triton", "aten")}
             rounds = take_turns(turns, self.device, SECONDS_A_VERDICT)
-            found = {part: spread for part, spread in rounds["triton"].ratios(rounds["aten"]).items()}
-            forward, both = ((s.median, s.p20, s.p80) for s in (found["forward"], found["both"]))
-            ratios.append(Ratio(rows, forward, both))
+            forward, _, both = rounds["triton"].ratios(rounds["aten"]).values()
+            ratios.append(Ratio(rows, astuple(forward), astuple(both)))
             self.say(f"    triton over aten: {ratios[-1]}")
         verdict = Verdict.of(tuple(ratios))
         self.say(f"    auto takes {'triton' if verdict.wins else 'aten'}")
@@ -200,7 +202,7 @@ def compiled() -> dict[int, int]:
     """Registers that each compiled kernel of routed LoRA spills, by its identity; none under the interpreter."""
     from ..kernels.routed_lora.triton import linear_kernels, reduce, shrink
 
-    found = {}
+    found: dict[int, int] = {}
     for module in (linear_kernels, reduce, shrink):
         for function in vars(module).values():
             for kernels, *_ in getattr(function, "device_caches", {}).values():

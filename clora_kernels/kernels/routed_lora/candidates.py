@@ -14,7 +14,10 @@ from .tiles import INTERPRETER, Key, LinearTile, ReduceTile, ShrinkTile, Tile, d
 def candidates(key: Key) -> list[Tile]:
     """The tiles to try for ``key``, none twice."""
     first = default(key)
-    others = {"linear": _linear, "shrink": _shrink, "reduce": _reduce}[key.op](key, first)
+    if isinstance(first, LinearTile):
+        others = _linear(key, first)
+    else:
+        others = _shrink(key, first) if isinstance(first, ShrinkTile) else _reduce(key, first)
     return list(dict.fromkeys([first, *others]))
 
 

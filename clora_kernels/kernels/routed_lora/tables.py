@@ -14,14 +14,15 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .algebra import Projection
+from .records import expect, parsed
 from .tiles import NAMES, Key, LinearTile, ReduceTile, ShrinkTile, Tile, Tuned, block_of_rank, bucket
 
 FORMAT = 1
@@ -126,25 +127,32 @@ class Table:
     stamp: Stamp | None
     tiles: dict[Key, Tuned] = field(default_factory=dict)
     calls: dict[Call, Verdict] = field(default_factory=dict)
-    silence: str = ""
+    silence: str = "the table does not know this call"
+
+    def __str__(self) -> str:
+        wins = sum(verdict.wins for verdict in self.calls.values())
+        return f"{len(self.tiles)} tiles, {len(self.calls)} calls, {wins} of them faster on triton"
 
     def save(self, folder: Path) -> Path:
         """Write the table into ``folder``, at once or not at all. OSError if that cannot be."""
-        content = {
-            "format": FORMAT,
-            "stamp": asdict(self.stamp),
-            "tiles": [{"key": asdict(key), **asdict(tuned)} for key, tuned in self.tiles.items()],
-            "calls": [
-                {"call": call._asdict(), "wins": verdict.wins, "ratios": [asdict(ratio) for ratio in verdict.ratios]}
-                for call, verdict in self.calls.items()
-            ],
-        }
+        tiles = [{"key": asdict(key), **asdict(tuned)} for key, tuned in self.tiles.items()]
+        calls = [
+            {"call": call._asdict(), "wins": verdict.wins, "ratios": [asdict(ratio) for ratio in verdict.ratios]}
+            for call, verdict in self.calls.items()
+        ]
+        lines = [f'"{name}": [\n  {_lines(rows)}\n ]' for name, rows in (("tiles", tiles), ("calls", calls))]
+        lines = [f'"format": {FORMAT}', f'"stamp": {json.dumps(asdict(self.stamp))}', *lines]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.stamp.file_name
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
         part.replace(path)
         return path
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    """Rows of JSON, one a line."""
+    return ",\n  ".join(map(json.dumps, rows))
 
 
 def read(path: Path) -> Table:
@@ -157,61 +165,33 @@ def read(path: Path) -> Table:
         raise ValueError("no table: it has no format")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r}, and this version of clora_kernels reads format {FORMAT}")
-    _expect(content, "the file", {"format", "stamp", "tiles", "calls"})
-    table = Table(_parsed(Stamp, content["stamp"], "stamp"))
-    for i, entry in enumerate(_expect(content["tiles"], "tiles", list)):
+    expect(content, "the file", {"format", "stamp", "tiles", "calls"})
+    table = Table(parsed(Stamp, content["stamp"], "stamp"))
+    for i, entry in enumerate(expect(content["tiles"], "tiles", list)):
         key, tuned = _tuned(entry, f"tiles[{i}]")
         table.tiles[key] = tuned
-    for i, entry in enumerate(_expect(content["calls"], "calls", list)):
+    for i, entry in enumerate(expect(content["calls"], "calls", list)):
         where = f"calls[{i}]"
-        _expect(entry, where, {"call", "wins", "ratios"})
-        ratios = _parsed(tuple[Ratio, ...], entry["ratios"], f"{where}.ratios")
-        wins = _parsed(bool, entry["wins"], f"{where}.wins")
-        table.calls[_parsed(Call, entry["call"], f"{where}.call")] = Verdict(wins, ratios, path.name)
+        expect(entry, where, {"call", "wins", "ratios"})
+        ratios = parsed(tuple[Ratio, ...], entry["ratios"], f"{where}.ratios")
+        wins = parsed(bool, entry["wins"], f"{where}.wins")
+        table.calls[parsed(Call, entry["call"], f"{where}.call")] = Verdict(wins, ratios, path.name)
     return table
 
 
 def _tuned(entry: Any, where: str) -> tuple[Key, Tuned]:
-    _expect(entry, where, {"key", "tile", "seconds", "default_seconds", "dropped"})
-    key = _parsed(Key, entry["key"], f"{where}.key")
+    expect(entry, where, {"key", "tile", "seconds", "default_seconds", "dropped"})
+    key = parsed(Key, entry["key"], f"{where}.key")
     if key.op not in _TILES:
         raise ValueError(f"{where}.key.op: got {key.op!r}, expected one of {', '.join(_TILES)}")
-    tile: Tile = _parsed(_TILES[key.op], entry["tile"], f"{where}.tile")
+    tile: Tile = parsed(_TILES[key.op], entry["tile"], f"{where}.tile")
     for name, value in asdict(tile).items():  # what Triton would not compile must not wait for a call to say so
-        power = name.startswith("block") or name == "num_warps"
-        if type(value) is int and (value < 1 or (power and value & (value - 1)) or (name[:5] == "block" and value < 16)):
+        block = name.startswith("block")
+        power = block or name == "num_warps"
+        if type(value) is int and not ((16 if block else 1) <= value <= 1024 and not (power and value & (value - 1))):
             raise ValueError(f"{where}.tile.{name}: got {value}, which no kernel takes")
-    seconds = [_parsed(float, entry[name], f"{where}.{name}") for name in ("seconds", "default_seconds")]
-    return key, Tuned(tile, *seconds, _parsed(dict[str, str], entry["dropped"], f"{where}.dropped"))
-
-
-def _expect(value: Any, where: str, what: Any) -> Any:
-    """``value``, if it is of that type, or a dict of exactly those names."""
-    if isinstance(what, type):
-        if type(value) is not what:
-            raise ValueError(f"{where}: got {value!r}, expected {what.__name__}")
-    elif type(value) is not dict or {*value} != what:
-        got = sorted(value) if isinstance(value, dict) else repr(value)
-        raise ValueError(f"{where}: got {got}, expected {sorted(what)}")
-    return value
-
-
-def _parsed(kind: Any, value: Any, where: str) -> Any:
-    """``value`` of JSON as a ``kind``: a number, text, a tuple or dict of one kind, or a record of such."""
-    if is_dataclass(kind) or hasattr(kind, "_fields"):
-        hints = get_type_hints(kind)
-        names = kind._fields if hasattr(kind, "_fields") else [f.name for f in fields(kind)]
-        _expect(value, where, {*names})
-        return kind(**{name: _parsed(hints[name], value[name], f"{where}.{name}") for name in names})
-    if get_origin(kind) is tuple:
-        of = get_args(kind)
-        entries = _expect(value, where, list)
-        if of[-1] is not Ellipsis and len(of) != len(entries):
-            raise ValueError(f"{where}: got {len(entries)} entries, expected {len(of)}")
-        return tuple(_parsed(of[0], entry, f"{where}[{i}]") for i, entry in enumerate(entries))
-    if get_origin(kind) is dict:
-        return {k: _parsed(get_args(kind)[1], v, f"{where}.{k}") for k, v in _expect(value, where, dict).items()}
-    return float(value) if kind is float and type(value) is int else _expect(value, where, kind)
+    seconds, of_default = (parsed(float, entry[name], f"{where}.{name}") for name in ("seconds", "default_seconds"))
+    return key, Tuned(tile, seconds, of_default, parsed(dict[str, str], entry["dropped"], f"{where}.dropped"))
 
 
 def user_folder() -> Path:
@@ -230,10 +210,15 @@ class File:
 
 
 def files() -> list[File]:
-    """What lies in the folders of tables, read; the later ones go before."""
+    """What lies in the folders of tables, read: what ships, then the user's, which goes first where both know."""
     found = []
     for folder in (Path(__file__).parent / "tables", user_folder()):
-        for path in sorted(folder.glob("*.json")):
+        try:
+            paths = sorted(folder.glob("*.json"))
+        except OSError as error:
+            found.append(File(folder, None, str(error)))
+            continue
+        for path in paths:
             try:
                 found.append(File(path, read(path)))
             except (ValueError, OSError) as error:
@@ -254,7 +239,7 @@ def stamp_of(device: torch.device) -> Stamp | None:
         properties = torch.cuda.get_device_properties(device)
         name, capability = properties.name, f"{properties.major}.{properties.minor}"
     elif device.type == "cpu" and interpreted:
-        name, capability = "Triton's interpreter", "0.0"
+        name, capability = "Triton interpreter", "0.0"
     else:
         return None
     return Stamp(name, capability, triton.__version__, torch.__version__, __version__)
