@@ -44,16 +44,16 @@ def test_auto_takes_what_the_table_says(device, monkeypatch, capsys):
     assert "shrink_sums_kernel" not in ran
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_auto_in_a_compiled_graph(device, monkeypatch, dynamic):
+@pytest.mark.parametrize("dynamic, dropout_p", [(False, 0.0), (True, 0.3)])
+def test_auto_in_a_compiled_graph(device, monkeypatch, dynamic, dropout_p):
     """The operators choose when they run, forward and backward alike, other rows than those the graph was made with."""
     rig(monkeypatch, triton_wins)
-    assert tune(device) == 0
+    assert tune(device, options="dropout" if dropout_p else "plain") == 0
     forget(monkeypatch)
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows, backend in ((16, "triton"), (7, "triton"), (40, "aten")):
-        inputs = small(device, rows, scaling=None)
+        inputs = small(device, rows, scaling=None, gate=(4,), dropout_p=dropout_p)
         dy, wanted = dy_for(inputs), ("x", "lora_A", "lora_B")
         with dispatched() as ran:
             found = evaluate(compiled, inputs, dy, wanted)
@@ -90,8 +90,11 @@ def test_auto_takes_aten_where_the_table_is_silent(device, monkeypatch):
     choices = {name: explain(routed_lora_linear, **inputs) for name, inputs in other.items()}
     assert not {name for name, choice in choices.items() if choice.backend == "triton"}
     assert "does not know this call" in choices["bank"].reason
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert explain(routed_lora_linear, **same["one row"]).backend != "triton", "ATen was not measured with tf32"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert explain(routed_lora_linear, **same["one row"]).backend != "triton", "ATen was not measured with tf32"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_auto_takes_aten_where_it_is_faster(device, monkeypatch, capsys):
@@ -112,5 +115,13 @@ def test_a_group_is_a_call_of_its_own(device, monkeypatch):
     x, layers = small(device)["x"], [small(device, N=N, bias=False, dropout_p=0.1) for N in (40, 24)]
     group = [RoutedLoRA(**{k: v for k, v in layer.items() if k != "x"}) for layer in layers]
     assert explain(routed_lora_linear_group, x, group).backend == "triton"
+    with dispatched() as ran:
+        ys = routed_lora_linear_group(x.requires_grad_(), [layer._replace(dropout_seed=None) for layer in group])
+        torch.autograd.grad(ys, x, [torch.ones_like(y) for y in ys])
+    assert {name.split(".")[1] for name in ran} == {"triton"} and len(ran) > 8
+    state = torch.random.get_rng_state()
+    explain(routed_lora_linear, **{**layers[0], "dropout_seed": None})
+    assert torch.equal(torch.random.get_rng_state(), state), "nothing is drawn for an explanation"
+    assert explain(routed_lora_linear_group, x, group, training=False).backend == "aten", "then nothing drops"
     assert explain(routed_lora_linear_group, x, group[::-1]).backend == "aten"
     assert explain(routed_lora_linear, **layers[0]).backend != "triton"

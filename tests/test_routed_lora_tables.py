@@ -225,9 +225,9 @@ def test_calls_are_told_apart_by_what_large_kernels_do(device):
     assert tables.call_of(torch.bfloat16, 100, [plain]) == Call("bf16", 48, (40,), 16, 3, "")
     same = {"bias": t, "gate": t, "routing": t, "scaling": t, "base_output": t}
     assert tables.call_of(torch.float16, 1, [projection(**same)]).options == ""
-    for given, option in {"seed": "dropout", "frozen_routing": "frozen", "routing_index": "bank"}.items():
+    for given, option in {"threshold": "dropout", "frozen_routing": "frozen", "routing_index": "bank"}.items():
         assert tables.call_of(torch.float32, 1, [plain, projection(**{given: t})]).options == option
-    assert tables.call_of(torch.float32, 1, [projection(frozen_routing=t, seed=t)]).options == "frozen+dropout"
+    assert tables.call_of(torch.float32, 1, [projection(frozen_routing=t, threshold=t)]).options == "frozen+dropout"
     assert tables.call_of(torch.float32, 1, [projection(weight=None)]).options == "delta"
     assert tables.call_of(torch.float32, 1, [projection(weight=torch.empty(48, 40).mT)]).options == "transposed"
     two = [plain, projection(lora_A=torch.empty(70, 48), lora_B=torch.empty(8, 70))]

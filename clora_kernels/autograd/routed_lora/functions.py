@@ -177,8 +177,10 @@ def _run(
     late = torch.compiler.is_compiling() and backend != "reference"
     if late:
         check_backend(backend)
-    chosen = backend if late else choose(x, projections, backend).backend
+    elif backend != "auto":  # one that cannot run says so before a seed is drawn
+        choose(x, projections, backend)
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
+    chosen = choose(x, projections).backend if backend == "auto" and not late else backend
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
@@ -264,4 +266,6 @@ def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
         fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
         adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
     x, projections = prepare(arguments["x"], adapters, base)
+    replayed = [a._replace(dropout_seed=torch.tensor(0)) for a in adapters]  # nothing is drawn for an explanation
+    projections = [_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
     return choose(x, projections, arguments["backend"])

@@ -80,7 +80,7 @@ def call_of(dtype: torch.dtype, M: int, projections: Sequence[Projection]) -> Ca
         options.append("transposed")
     options += [
         option
-        for option, place in (("bank", "routing_index"), ("frozen", "frozen_routing"), ("dropout", "seed"))
+        for option, place in (("bank", "routing_index"), ("frozen", "frozen_routing"), ("dropout", "threshold"))
         if any(getattr(j, place) is not None for j in projections)
     ]
     r = block_of_rank(max(j.lora_A.shape[0] for j in projections))
