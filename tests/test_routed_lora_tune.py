@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -205,3 +208,31 @@ def test_problems_are_proved_on_rows_that_no_block_divides(device):
     with launches() as names:
         made_.check("triton")
     assert names.count("pack_kernel") == 3, "forward, backward, and forward with a small adapter"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="under the interpreter the clock does not matter")
+def test_the_command_interrupted_and_run_again(folder):
+    """A process of its own, with its clock: Ctrl-C at the second tile, then to the end."""
+    command = [
+        sys.executable,
+        "-m",
+        "clora_kernels",
+        "tune",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--options",
+        "plain",
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with running.stdout as output:
+        timed = (line for line in output if " timed" in line)
+        next(timed), next(timed)  # the first is saved then
+        running.send_signal(signal.SIGINT)
+        said = output.read()
+    assert running.wait(60) == 130 and "interrupted: 0 of 1 calls are done" in said
+    assert 1 <= len(own_table(torch.device("cpu")).tiles) < 6
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "auto takes aten" in done.stdout, done.stderr
+    assert len(own_table(torch.device("cpu")).tiles) == 6
