@@ -151,7 +151,7 @@ def test_a_table_of_another_machine_is_left_alone(device, folder, stamp, field):
 
 def test_what_the_user_measured_goes_before_what_ships(device, folder, stamp, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "package" / "tables.py"))
-    table(stamp, wins=True).save(tmp_path / "package" / "tables")
+    table(stamp, wins=True).save(tmp_path / "package" / "shipped")
     assert explain(routed_lora_linear, **inputs(device)).backend == "triton"
     assert [entry.reason for entry in info().tables] == ["3 tiles, 1 calls, 1 of them faster on triton"]
     table(stamp, wins=False).save(folder)

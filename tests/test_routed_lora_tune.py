@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -95,8 +96,19 @@ def test_a_backend_that_is_wrong_is_not_timed(device, monkeypatch, capsys, backe
     monkeypatch.setattr(module, "linear", lambda *args: right(*args) * 1.001)
     assert tune(device) == 1 and not met
     said = capsys.readouterr().out
-    assert f"REFUSED {backend}: beyond the error" in said and "please report it" in said
+    assert f"REFUSED {backend}: AssertionError: beyond the error" in said and "please report it" in said
     assert not own_table(device).tiles and not own_table(device).calls
+
+
+def test_a_call_that_does_not_fit_is_left_out(device, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("no 40 GiB are left\nand more")
+
+    monkeypatch.setattr(kernels, "linear", full)
+    assert tune(device) == 0
+    assert "left out, it does not fit the memory: no 40 GiB are left\n" in capsys.readouterr().out
+    monkeypatch.setattr(kernels, "linear", lambda *args: torch.ones(2) @ torch.ones(3))
+    assert tune(device) == 1 and "REFUSED triton: RuntimeError: " in capsys.readouterr().out
 
 
 def test_a_candidate_that_spills_is_dropped(monkeypatch):
@@ -225,7 +237,8 @@ def test_the_command_interrupted_and_run_again(folder):
         "--options",
         "plain",
     ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding)
     with running.stdout as output:
         timed = (line for line in output if " timed" in line)
         next(timed), next(timed)  # the first is saved then

@@ -148,7 +148,7 @@ def _tune(search: Search, calls: list[Call], device: torch.device) -> int:
         _say(f"interrupted: {i - 1} of {len(left)} calls are done, and the same command goes on from here")
         return INTERRUPTED
     if search.refused:
-        _say(f"{search.refused} backends computed wrongly and were refused: please report it")
+        _say(f"{search.refused} refused, which should not be: please report it")
     return int(search.refused > 0)
 
 

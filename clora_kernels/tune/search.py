@@ -65,9 +65,11 @@ class Search:
     def _is_right(self, problem: Problem, backend: str) -> bool:
         try:
             problem.check(backend)
-        except AssertionError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # wrong results, or whatever kept it from any
             self.refused += 1
-            self.say(f"    REFUSED {backend}: {_first_lines(error)}")
+            self.say(f"    REFUSED {backend}: {type(error).__name__}: {_first_lines(error)}")
             return False
         return True
 

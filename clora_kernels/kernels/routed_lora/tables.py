@@ -1,10 +1,10 @@
 """What was measured on a device: the tiles that its kernels run with, and the calls for which they beat ATen.
 
 A table is one JSON file, made by ``python -m clora_kernels tune`` for one GPU and one set of versions, its stamp. Files
-are read from the folder ``tables`` beside this file, where those that ship would lie, then from the user's: that of the
-environment variable ``CLORA_TABLES``, else ``clora_kernels/tables`` in the user's cache. What the user measured goes
-first. They are read once for a device, when it is first asked about; one made for another GPU or other versions is left
-alone, one that cannot be read is warned of, and ``info()`` tells of both.
+are read from the folder ``shipped`` beside this file, where those that ship would lie, then from the user's: that of
+the environment variable ``CLORA_TABLES``, else ``clora_kernels/tables`` in the user's cache. What the user measured
+goes first. They are read once for a device, when it is first asked about; one made for another GPU or other versions is
+left alone, one that cannot be read is warned of, and ``info()`` tells of both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,19 +75,23 @@ def call_of(dtype: torch.dtype, M: int, projections: Sequence[Projection]) -> Ca
     name = NAMES.get(dtype, "")
     if name == "fp32" and torch.backends.cuda.matmul.allow_tf32:
         name = "tf32"  # the rival is another one then
-    options = []
-    if any(j.weight is None for j in projections):
-        options.append("delta")
-    if any(j.weight is not None and j.weight.stride(1) != 1 for j in projections):
-        options.append("transposed")
-    options += [
-        option
-        for option, place in (("bank", "routing_index"), ("frozen", "frozen_routing"), ("dropout", "threshold"))
-        if any(getattr(j, place) is not None for j in projections)
-    ]
-    r = block_of_rank(max(j.lora_A.shape[0] for j in projections))
-    N = tuple(j.lora_B.shape[0] for j in projections)
-    return Call(name, projections[0].lora_A.shape[1], N, r, bucket(M), "+".join(options))
+    N, r = [], 0
+    delta = transposed = bank = frozen = dropout = False
+    for j in projections:
+        N.append(j.lora_B.shape[0])
+        r = max(r, j.lora_A.shape[0])
+        delta |= j.weight is None
+        transposed |= j.weight is not None and j.weight.stride(1) != 1
+        bank |= j.routing_index is not None
+        frozen |= j.frozen_routing is not None
+        dropout |= j.threshold is not None
+    options = _joined(delta, transposed, bank, frozen, dropout)
+    return Call(name, projections[0].lora_A.shape[1], tuple(N), block_of_rank(r), bucket(M), options)
+
+
+@cache
+def _joined(*given: bool) -> str:
+    return "+".join(compress(("delta", "transposed", "bank", "frozen", "dropout"), given))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Verdict:
         bucket of M: which rows are to come, and whether backward follows, a call does not know."""
         return cls(all(ratio.both[2] < 1 and ratio.forward[0] <= 1 for ratio in ratios), ratios)
 
-    @property
+    @cached_property
     def reason(self) -> str:
         return f"time over ATen's, by {self.source}: {'; '.join(map(str, self.ratios))}"
 
@@ -212,7 +218,7 @@ class File:
 def files() -> list[File]:
     """What lies in the folders of tables, read: what ships, then the user's, which goes first where both know."""
     found = []
-    for folder in (Path(__file__).parent / "tables", user_folder()):
+    for folder in (Path(__file__).parent / "shipped", user_folder()):
         try:
             paths = sorted(folder.glob("*.json"))
         except OSError as error:
