@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,13 @@ def test_what_is_saved_is_read(folder, stamp):
 def test_a_table_that_cannot_be_written_stays(folder, stamp, monkeypatch):
     path = table(stamp).save(folder)
     before = path.read_text()
-    monkeypatch.setattr("json.dumps", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    whole = Path.write_text
+
+    def half(self, text):
+        whole(self, text[: len(text) // 2])
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="full"):
         table(stamp, wins=False).save(folder)
     assert path.read_text() == before

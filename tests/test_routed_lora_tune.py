@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tuning import aten_wins, fresh, own_table, rig, triton_wins, tune
+from tuning import DEFAULTS, aten_wins, fresh, own_table, rig, triton_wins, tune
 
 from clora_kernels.__main__ import main
 from clora_kernels.kernels.routed_lora import tables, tiles
@@ -98,6 +98,31 @@ def test_a_backend_that_is_wrong_is_not_timed(device, monkeypatch, capsys, backe
     said = capsys.readouterr().out
     assert f"REFUSED {backend}: AssertionError: beyond the error" in said and "please report it" in said
     assert not own_table(device).tiles and not own_table(device).calls
+
+
+@pytest.mark.parametrize("rounds, stays", [([0.9, 0.9, 0.9, 1.1, 1.1], True), ([0.9, 0.9, 0.9, 0.9, 1.1], False)])
+def test_the_default_stays_unless_another_is_faster_beyond_the_spread(device, monkeypatch, rounds, stays):
+    rig(monkeypatch, lambda name: (1.0, 1.0) if name in DEFAULTS or name in ("triton", "aten") else (rounds, rounds))
+    assert tune(device) == 0
+    table = own_table(device)
+    assert len(table.tiles) == 6 and not any(verdict.wins for verdict in table.calls.values())
+    assert {tuned.tile == tiles.default(key) for key, tuned in table.tiles.items()} == {stays}
+
+
+@pytest.mark.parametrize("N, keys, launches_a_key", [(40, 6, 1), (48, 3, 2)])
+def test_a_key_is_timed_with_the_launches_that_ask_for_it(device, N, keys, launches_a_key):
+    """In a square layer forward and backward ask alike."""
+    of = problem.Problem(tables.Call("fp32", 48, (N,), 16, 0, ""), device)
+    table = tables.Table(None)
+    tables.use(of.x.device, table)
+    before = table.tiles
+    found = search.asked(of, table)
+    assert [len(calls) for calls in found.values()] == [launches_a_key] * keys
+    assert {key.op for key in found} == {"linear", "shrink", "reduce"} and table.tiles is before
+    for key, calls in found.items():
+        with launches() as names:
+            calls[0]()
+        assert {name.split("_")[0] for name in names} == {key.op}
 
 
 def test_a_call_that_does_not_fit_is_left_out(device, monkeypatch, capsys):

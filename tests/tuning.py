@@ -18,8 +18,9 @@ from clora_kernels.testing import Rounds
 from clora_kernels.tune import search
 
 
-def rig(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], tuple[float, float]]) -> list[list[str]]:
-    """``seconds`` of forward and backward of each contestant, a backend or a tile; returns who met whom."""
+def rig(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], tuple[Any, Any]]) -> list[list[str]]:
+    """``seconds`` of forward and backward of each contestant, a backend or a tile, the same in five rounds or one for
+    each; returns who met whom."""
     met: list[list[str]] = []
 
     def take_turns(contestants: dict[str, Any], device: torch.device, limit: float) -> dict[str, Rounds]:
@@ -27,7 +28,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], tuple[float, f
         found = {}
         for name, (forward, backward) in contestants.items():
             backward(forward())
-            found[name] = Rounds(*([s] * 5 for s in seconds(name)))
+            found[name] = Rounds(*(s if isinstance(s, list) else [s] * 5 for s in seconds(name)))
         return found
 
     monkeypatch.setattr(search, "take_turns", take_turns)

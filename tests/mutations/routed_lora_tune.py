@@ -42,7 +42,7 @@ TUNE = (
                 "within-the-spread",
                 "the default gives way within the spread",
                 '["forward"].p80 >= 1:',
-                '["forward"].p80 > 1:',
+                '["forward"].median >= 1:',
             ),
             (
                 "trial-kept",

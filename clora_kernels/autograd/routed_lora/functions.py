@@ -83,8 +83,9 @@ def routed_lora_linear(
         dropout_p: probability with which an element of the adapter's x drops, in steps of 1/65536.
         dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
         training: False switches dropout off.
-        backend: "auto", "aten", "native" (a plain layer on a CPU, where the extension is built), or "reference" (plain
-            PyTorch, differentiable any number of times).
+        backend: "auto", "aten", "triton" (fused kernels on a GPU; "auto" takes it where a table made by ``python -m
+            clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built), or
+            "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
