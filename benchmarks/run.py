@@ -28,7 +28,9 @@ from checks import Verdict, check, truths
 from contestants import BUILDERS, OURS, Contestant, make_problem, why_not
 from points import Point, chosen, points_of
 from roofline import Ceilings, frozen_floor, measure_ceilings, routed_lora_floor
-from timing import Spread, peak_bytes, take_turns
+
+from clora_kernels.testing import Spread, take_turns
+from clora_kernels.testing.timing import peak_bytes
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -86,8 +88,7 @@ def measure_point(
     return sorted(rows, key=lambda row: order[row["contestant"]])
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> int:
-    points = chosen(points_of(device), arguments.points, arguments.quick)
+def run(arguments: argparse.Namespace, device: torch.device, points: list[Point]) -> int:
     names = arguments.contestants.split(",") if arguments.contestants else default_contestants(arguments.quick)
     path, content = opened(arguments, device)
     content["stamp"]["clock"] = "events" if device.type == "cuda" else arguments.clock
@@ -145,7 +146,7 @@ def opened(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, d
     return path, {"stamp": stamp, "ceilings": [], "rows": []}
 
 
-def parse() -> argparse.Namespace:
+def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="the quick points, with less time for each")
@@ -163,20 +164,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", help="file of the results (default: benchmarks/results/...json)")
     parser.add_argument("--resume", help="file of an earlier run to go on with; made if it is not there")
     parser.add_argument("--gpu-suite", action="store_true", help="build, test, measure and tune in one command")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_of_arguments()
+    arguments = parser.parse_args(argv)
     unknown = [name for name in (arguments.contestants or "").split(",") if name and name not in BUILDERS]
     if unknown:
         parser.error(f"--contestants: got {', '.join(unknown)}, expected some of {', '.join(BUILDERS)}")
     if arguments.seconds is None:
         arguments.seconds = 2.0 if arguments.quick else 6.0
-    return arguments
-
-
-def main() -> int:
-    arguments = parse()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device here")
+    try:
+        points = chosen(points_of(device), arguments.points, arguments.quick)
+    except ValueError as error:
+        parser.error(f"--{error}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="(torch|peft)")
@@ -184,7 +189,7 @@ def main() -> int:
         from suite import run_suite
 
         return run_suite(device)
-    return run(arguments, device)
+    return run(arguments, device, points)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .autograd.dropout_mask import dropout_mask
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
+from .kernels.routed_lora import tables
 from .modules.routed_lora import RoutedLoRALinear
 
 _FUNCTIONS = (
@@ -42,12 +43,13 @@ class Availability:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, devices, compiled parts, and the backends of each operation."""
+    """Versions, devices, compiled parts, the backends of each operation, and the tables of tiles that were found."""
 
     versions: dict[str, str]
     devices: list[str]
     parts: list[Availability]
     backends: dict[str, list[Availability]]
+    tables: list[Availability]
 
     def __str__(self) -> str:
         lines = [f"{name:<24} {version}" for name, version in self.versions.items()]
@@ -55,6 +57,7 @@ class Info:
         lines += ["", "compiled parts"] + [str(part) for part in self.parts]
         for operation, backends in self.backends.items():
             lines += ["", operation] + [str(backend) for backend in backends]
+        lines += ["", "tables of tiles"] + [str(table) for table in self.tables]
         return "\n".join(lines)
 
 
@@ -62,7 +65,8 @@ def info() -> Info:
     """What is installed, built and available here and, for each thing that is not, why. Prints as a table; never
     raises."""
     parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
-    return Info(_versions(), _devices(), parts, {"routed_lora": _routed_lora(), "dropout_mask": _dropout_mask()})
+    backends = {"routed_lora": _routed_lora(), "dropout_mask": _dropout_mask()}
+    return Info(_versions(), _devices(), parts, backends, _tables())
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -133,6 +137,21 @@ def _routed_lora() -> list[Availability]:
         Availability(name, name not in missing, missing.get(name, there.get(name, "")))
         for name in ("reference", "aten", "triton", "native")
     ]
+
+
+def _tables() -> list[Availability]:
+    """Each file of tables and, where no device here can use it, why."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    stamps = [stamp for device in devices if (stamp := tables.stamp_of(device))]
+    found = []
+    for file in tables.files():
+        problem = file.problem
+        if file.table is not None and file.table.stamp is not None:
+            reasons = [file.table.stamp.why_not(stamp) for stamp in stamps] or ["its kernels do not run here"]
+            problem = "" if "" in reasons else reasons[0]
+        found.append(Availability(file.path.name, not problem, problem or str(file.table)))
+    nothing = f"none in {tables.user_folder()}; on a GPU `python -m clora_kernels tune` makes one"
+    return found or [Availability("none", False, nothing)]
 
 
 def _dropout_mask() -> list[Availability]:

@@ -34,6 +34,10 @@ ENVIRONMENT = {"CLORA_BUILD_CPU": "1", "CLORA_BUILD_CUDA": "0"} | dict.fromkeys(
     ("CFLAGS", "CXXFLAGS"), "-DCLORA_ONE_CLONE"
 )
 
+# Without a GPU Triton's kernels are interpreted, which Triton wants to know before anything imports it.
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Processes forked off one that has imported what takes seconds to import.
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "pytest", "hypothesis.strategies"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
+from ..kernels.routed_lora.tables import Table, call_of, table_of
 from ..library import autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
@@ -36,10 +37,14 @@ def _primitives(backend: str) -> Primitives:
 
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
-    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
-    that it wins; none ships."""
+    """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
+    that it wins, ``native`` for a plain layer with little to compute on a CPU, else ``aten``, the only backend that is
+    proved on every device. Forward and backward of a call come to the same."""
     check_backend(backend)
+    table = table_of(x) if backend == "auto" else None
+    wins, why = _says(table, x, projections) if table and table.calls else (False, table.silence if table else "")
+    if wins:
+        return _choice("triton", backend, why)
     if backend in ("auto", "native"):
         why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:
@@ -49,17 +54,20 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
     if backend == "triton" and (why_not := why_not_triton(x.dtype, x.device.type, x.device.index)):
         raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
     chosen = backend if backend in ("reference", "triton") else "aten"
-    has_base_output = projections[0].base_output is not None
-    return _choice(chosen, backend, x.dtype, has_base_output, "cpu" if x.is_cpu else x.device.type)
+    return _choice(chosen, backend, why, x.dtype, projections[0].base_output is not None)
+
+
+def _says(table: Table, x: Tensor, projections: Sequence[Projection]) -> tuple[bool, str]:
+    """Whether a table says that triton wins this call, and what it says."""
+    verdict = table.calls.get(call_of(x.dtype, math.prod(x.shape[:-1]), projections))
+    if verdict is None:
+        return False, table.silence
+    return verdict.wins and not why_not_triton(x.dtype, x.device.type, x.device.index), verdict.reason
 
 
 @cache
 def _choice(
-    chosen: str,
-    backend: str,
-    dtype: torch.dtype | None = None,
-    has_base_output: bool = False,
-    device_type: str = "cpu",
+    chosen: str, backend: str, why: str = "", dtype: torch.dtype | None = None, has_base_output: bool = False
 ) -> Choice:
     named = "named by the caller"
     if chosen == "reference":
@@ -68,14 +76,14 @@ def _choice(
         strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
         return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
     if chosen == "triton":
-        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", named)
+        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", why or named)
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
+    return Choice(chosen, strategy, why or named)
 
 
 def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:

@@ -83,8 +83,9 @@ def routed_lora_linear(
         dropout_p: probability with which an element of the adapter's x drops, in steps of 1/65536.
         dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
         training: False switches dropout off.
-        backend: "auto", "aten", "native" (a plain layer on a CPU, where the extension is built), or "reference" (plain
-            PyTorch, differentiable any number of times).
+        backend: "auto", "aten", "triton" (fused kernels on a GPU; "auto" takes it where a table made by ``python -m
+            clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built), or
+            "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
@@ -178,8 +179,10 @@ def _run(
     late = compiling and backend != "reference"
     if late:
         check_backend(backend)
-    chosen = backend if late else choose(x, projections, backend).backend
+    elif backend != "auto":  # one that cannot run says so before a seed is drawn
+        choose(x, projections, backend)
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
+    chosen = choose(x, projections).backend if backend == "auto" and not late else backend
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
@@ -252,4 +255,6 @@ def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
         fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
         adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
     x, projections = prepare(arguments["x"], adapters, base)
+    replayed = [a._replace(dropout_seed=torch.tensor(0)) for a in adapters]  # nothing is drawn for an explanation
+    projections = [_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
     return choose(x, projections, arguments["backend"])
