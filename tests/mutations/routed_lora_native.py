@@ -162,12 +162,7 @@ _OPERATOR = mutants_of(
             'kept_value(threshold), dy), "g", r)',
             'kept_value(threshold), rows), "g", r)',
         ),
-        (
-            "few-rows-dx-undropped",
-            "of few rows dx has no mask",
-            '"dx", K, mask)',
-            '"dx", K)',
-        ),
+        ("few-rows-dx-undropped", "of few rows dx has no mask", '"dx", K, mask)', '"dx", K)'),
         ("few-rows-dA-undropped", "of few rows dA has no mask", 'widened(x, "x", K, mask)', 'widened(x, "x", K)'),
         (
             "few-rows-dB-unscaled",
