@@ -136,8 +136,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the adapter into ``weight`` for good and start it anew; ``state_dict`` then holds the new weight. A layer
-        that was merged with backup=None keeps the weight it has."""
+        """Put the adapter into ``weight`` for good, also for whatever is tied to it, and start it anew; ``state_dict``
+        then holds the new weight. A layer that was merged with backup=None keeps the weight it has."""
         self.check_mergeable()
         if self._merged and self._unmerged is None:
             self._merged = False

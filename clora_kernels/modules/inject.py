@@ -112,13 +112,16 @@ def merge_all(model: nn.Module, backup: str | None = "device") -> list[str]:
         The names of the layers. They compute in eval mode alone; a merged layer in training mode raises.
 
     Raises:
-        ValueError: no adapted layer; an unknown backup; a layer with a bank of routings.
+        ValueError: no adapted layer; an unknown backup; a layer with a bank of routings; with a backup other than
+            "device", a weight that is also another module's, which would get the adapter too.
         RuntimeError: a layer that was merged with backup=None. The model is as it was each time.
     """
     layers = _adapted(model)
     for layer in layers.values():
         layer.check_mergeable()
         layer.check_restorable()
+    if backup != "device":
+        _check_untied(model, layers, backup)
     for layer in layers.values():
         layer.merge(backup=backup)
     return list(layers)
@@ -171,13 +174,39 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
     for layer in layers.values():
         layer.check_mergeable()
         layer.check_restorable()
-    state: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.fold_routing()
-        lora_A, lora_B, _, _ = layer.adapter_tensors()
-        state[f"base_model.model.{name}.lora_A.weight"] = lora_A.detach()
-        state[f"base_model.model.{name}.lora_B.weight"] = lora_B.detach()
+    return lora_state_dict(model)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`to_lora` returns, for a model that stays as it is: with its routings, in training or merged.
+
+    Raises:
+        ValueError: no adapted layer, or one with a bank of routings.
+    """
+    state: dict[str, Tensor] = {}
+    for name, layer in _adapted(model).items():
+        if isinstance(layer, RoutedLoRALinear):
+            lora_A, lora_B = layer.lora_tensors()
+            state[f"base_model.model.{name}.lora_A.weight"] = lora_A
+            state[f"base_model.model.{name}.lora_B.weight"] = lora_B
     return state
+
+
+def _check_untied(model: nn.Module, layers: dict[str, AdapterLinear], backup: str | None) -> None:
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(f"{name}.{own}" if name else own)
+    for layer in layers.values():
+        names = owners[layer.weight]
+        if len(names) > 1:
+            raise ValueError(
+                f"backup: got {backup!r} for the weight that {' and '.join(names)} share, expected 'device', which "
+                "leaves the others' alone"
+            )
 
 
 def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:

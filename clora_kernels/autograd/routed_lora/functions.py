@@ -89,7 +89,7 @@ def routed_lora_linear(
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
-        once, sums are fp32, y is rounded once.
+        once, sums are fp32, y is rounded once (on ATen matmuls in 16 bit once more where there is a bias, added last).
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..views import cast, flatten
+from ..views import cast, flatten, unflatten
 from . import compiled
 from .algebra import Needs, Projection
 
@@ -66,7 +66,7 @@ def forward(x: Tensor, j: Projection) -> tuple[list[Tensor], list[Tensor]]:
         y.addmm_(flat, j.weight.mT)
     if j.bias is not None:
         y.add_(j.bias)
-    return [y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])], [q]
+    return [unflatten(y, x.shape[:-1])], [q]
 
 
 def backward(

@@ -74,10 +74,14 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
     def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """As one routed LoRA of rank n·r: lora_A, block-placed lora_B ``[N, n·r]``, block-diagonal routings."""
         routing, frozen = (None if R is None else torch.block_diag(*R) for R in (self.routing, self.frozen_routing))
-        return self.lora_A, self._placed(self._parts_of_B()), routing, frozen
+        return self.lora_A, self._placed(self._parts(self.lora_B)), routing, frozen
 
-    def _parts_of_B(self) -> list[Tensor]:
-        return list(self.lora_B.split([stop - start for start, stop in self.slices]))
+    def lora_tensors(self) -> tuple[Tensor, Tensor]:
+        lora_A, lora_B = super().lora_tensors()
+        return lora_A, self._placed(self._parts(lora_B))
+
+    def _parts(self, lora_B: Tensor) -> list[Tensor]:
+        return list(lora_B.split([stop - start for start, stop in self.slices]))
 
     def _placed(self, parts: list[Tensor]) -> Tensor:
         n, rows, end = len(parts), [], 0
@@ -89,7 +93,7 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         return torch.cat(rows)
 
     def _routed_B(self, total: Tensor) -> Tensor:
-        return torch.cat([part.to(R.dtype) @ R.mT for part, R in zip(self._parts_of_B(), total, strict=True)])
+        return torch.cat([part.to(R.dtype) @ R.mT for part, R in zip(self._parts(self.lora_B), total, strict=True)])
 
     def check_mergeable(self) -> None:
         """The leading dimension counts slices, not tasks: there is always one merged weight."""

@@ -21,7 +21,8 @@ from ..adapter import AdapterLinear, default_adapter_dtype
 class RoutedLoRALinear(AdapterLinear):
     """y = x·weightᵀ + bias + scaling · ((drop(x)·lora_Aᵀ) ⊙ gate) · (frozen_routing + routing) · lora_Bᵀ.
 
-    Starts as LoRA does: lora_A Kaiming-uniform, lora_B zero, routing the identity, so y is the linear layer's.
+    Starts as LoRA does: lora_A Kaiming-uniform, lora_B zero, routing the identity, so y is the linear layer's
+    (in 16 bit on ATen matmuls a bias is added last, which rounds y once more: the last bit may differ).
     ``state_dict`` holds ``weight`` and ``bias`` as nn.Linear's does, unmerged whatever the state of the layer, and the
     adapter beside them; a checkpoint of the plain layer loads and leaves the adapter as it is.
 
@@ -215,11 +216,22 @@ class RoutedLoRALinear(AdapterLinear):
         if self.routing is None:
             return
         self.unmerge()
-        acc = accumulation_dtype(self.lora_B.dtype)
-        total = self.routing.to(acc) if self.frozen_routing is None else self.routing.to(acc) + self.frozen_routing
-        self.lora_B.copy_(self._routed_B(total))
+        self.lora_B.copy_(self._folded_B())
         self.routing = None
         self.frozen_routing = None
+
+    @torch.no_grad()
+    def lora_tensors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of the ordinary LoRA that :meth:`fold_routing` would make of this; the layer stays."""
+        self.check_mergeable()
+        return self.lora_A.detach(), self._folded_B().detach()
+
+    def _folded_B(self) -> Tensor:
+        if self.routing is None:
+            return self.lora_B
+        acc = accumulation_dtype(self.lora_B.dtype)
+        total = self.routing.to(acc) if self.frozen_routing is None else self.routing.to(acc) + self.frozen_routing
+        return self._routed_B(total).to(self.lora_B.dtype)
 
     def _routed_B(self, total: Tensor) -> Tensor:
         return self.lora_B.to(total.dtype) @ total.mT
