@@ -126,9 +126,11 @@ def adapter(dtype, **options):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
     "M, K, N, r",
-    [(0, 9, 5, 2), (1, 41, 29, 5), (2, 33, 47, 24), (3, 9, 1, 96), (4, 1, 517, 4), (5, 7, 260, 1), (6, 530, 20, 12)]
-    + [(7, 517, 131, 17), (8, 131, 70, 16), (9, 1, 3, 1), (9, 131, 517, 256), (1000, 33, 41, 8)],
-)
+    [
+        (0, 9, 5, 2), (1, 41, 29, 5), (2, 33, 47, 24), (3, 9, 1, 96), (4, 1, 517, 4), (5, 7, 260, 1),
+        (6, 530, 20, 12), (7, 517, 131, 17), (8, 131, 70, 16), (9, 1, 3, 1), (9, 131, 517, 256), (1000, 33, 41, 8),
+    ],
+)  # fmt: skip
 def test_lay_down_and_its_backward(M, K, N, r, dropout_p, dtype):
     inputs, dy, drop = adapter(dtype, lead=(M,), K=K, N=N, r=r, dropout_p=dropout_p)
     x, A, B = inputs["x"], inputs["lora_A"], inputs["lora_B"]

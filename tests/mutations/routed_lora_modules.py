@@ -103,8 +103,8 @@ _LAYER = mutants_of(
         (
             "to-lora-keeps-routing",
             "the routing stays beside the lora_B it went into",
-            "        self.lora_B.copy_(self._routed_B(total))\n        self.routing = None\n",
-            "        self.lora_B.copy_(self._routed_B(total))\n",
+            "        self.lora_B.copy_(self._folded_B())\n        self.routing = None\n",
+            "        self.lora_B.copy_(self._folded_B())\n",
         ),
         (
             "to-lora-rounds-the-sum",
@@ -231,14 +231,20 @@ _INJECT = mutants_of(
         (
             "merge-all-in-part",
             "layers are merged before one that cannot be",
-            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
-            _RESTORABLE + _EACH + "        layer.merge(",
+            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
+            _RESTORABLE + '    if backup != "device":',
         ),
         (
             "merge-all-beside-one-that-is-gone",
             "layers are merged before one whose weight is gone",
-            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
-            _MERGEABLE + _EACH + "        layer.merge(",
+            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
+            _MERGEABLE + '    if backup != "device":',
+        ),
+        (
+            "merge-all-over-tied-weights",
+            "a weight that another module shares gets the adapter there too",
+            '    if backup != "device":\n        _check_untied(model, layers, backup)\n',
+            "",
         ),
         (
             "unmerge-all-in-part",
@@ -255,14 +261,14 @@ _INJECT = mutants_of(
         (
             "to-lora-in-part",
             "routings are folded before a bank is met",
-            "        layer.check_mergeable()\n        layer.check_restorable()\n    state:",
-            "        layer.check_restorable()\n    state:",
+            _MERGEABLE + _RESTORABLE + _EACH + "        layer.fold_routing()",
+            _RESTORABLE + _EACH + "        layer.fold_routing()",
         ),
         (
             "to-lora-exchanges-the-factors",
             "lora_A goes by the name of lora_B",
-            'lora_B.weight"] = lora_B.detach()',
-            'lora_B.weight"] = lora_A.detach()',
+            'lora_B.weight"] = lora_B\n',
+            'lora_B.weight"] = lora_A\n',
         ),
     ],
 )
