@@ -1,5 +1,6 @@
 """info(), explain() and the command line: they tell what is true here."""
 
+import re
 import subprocess
 import sys
 
@@ -73,6 +74,33 @@ def test_explain_checks_arguments_and_runs_nothing():
             ck.explain(ck.routed_lora_linear, X)
         assert ck.explain(ck.routed_lora_linear, X, W, A, B, backend="reference").backend == "reference"
     assert not ran
+
+
+def test_explain_checks_as_the_call_itself_does():
+    """The same error, word for word, from explain and from the call."""
+    training, merged = RoutedLoRALinear(8, 6, 4), RoutedLoRALinear(8, 6, 4)
+    for layer in (training, merged.eval()):
+        layer.merge()
+    adapter = RoutedLoRA(W, A, B)
+    for fn, args, kwargs in (
+        (ck.routed_lora_linear_group, (X, [3]), {}),
+        (ck.routed_lora_linear_group, (X, []), {}),
+        (ck.routed_lora_linear_group, (X, 3), {}),
+        (ck.routed_lora_linear_group, (X, [adapter, RoutedLoRA(W, A, B.mT)]), {}),
+        (ck.routed_lora_linear, (X, W, A, B), {"training": "yes"}),
+        (ck.routed_lora_linear, (X, None, A, B), {}),
+        (ck.routed_lora_delta, (X, A, B), {"base_output": X}),
+        (ck.dropout_mask, (X, 2.0, torch.tensor(0)), {}),
+        (ck.dropout_mask, (X, 0.5, None), {}),
+        (training, (X,), {}),
+        (merged, (X,), {"gate": torch.ones(4)}),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as called:
+            fn(*args, **kwargs)
+        with pytest.raises(called.type, match=re.escape(str(called.value))):
+            ck.explain(fn, *args, **kwargs)
+    with pytest.raises(TypeError):
+        ck.explain(training.unmerge() or training, X, torch.ones(4))
 
 
 def test_explain_and_info_know_the_mask():

@@ -31,14 +31,14 @@ _LAYER = mutants_of(
         (
             "merged-in-training",
             "a merged layer trains without its adapter",
-            "            if self.training:\n",
-            "            if self.training and gate is not None:\n",
+            "        if self.training:\n",
+            "        if self.training and gate is not None:\n",
         ),
         (
             "merged-drops-the-gate",
             "a merged layer ignores a gate",
-            "            if gate is not None or routing_index is not None:\n",
-            "            if routing_index is not None:\n",
+            "        if gate is not None or routing_index is not None:\n",
+            "        if routing_index is not None:\n",
         ),
         (
             "gate-not-passed",

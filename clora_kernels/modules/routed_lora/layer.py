@@ -165,13 +165,17 @@ class RoutedLoRALinear(AdapterLinear):
             ValueError: merged and called with ``gate`` or ``routing_index``, which the merged weight knows nothing of.
         """
         if self._merged:
-            if self.training:
-                raise RuntimeError("layer is merged: call eval() to use the merged weight, unmerge() to train")
-            if gate is not None or routing_index is not None:
-                name = "gate" if gate is not None else "routing_index"
-                raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
+            self.check_merged_call(gate, routing_index)
             return F.linear(x, self.weight.mT if self.fan_in_fan_out else self.weight, self.bias)
         return routed_lora_linear(**self.call_arguments(x, gate, routing_index, dropout_seed))
+
+    def check_merged_call(self, gate: Tensor | None, routing_index: Tensor | None) -> None:
+        """Raise as :meth:`forward` of a merged layer would."""
+        if self.training:
+            raise RuntimeError("layer is merged: call eval() to use the merged weight, unmerge() to train")
+        if gate is not None or routing_index is not None:
+            name = "gate" if gate is not None else "routing_index"
+            raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
 
     def call_arguments(
         self,
