@@ -114,17 +114,22 @@ def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | No
 
 def check_index(j: Projection, prefix: str = "") -> None:
     """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
-    alone."""
-    if j.routing_index is None or not j.routing_index.numel():
+    alone. An index without values (fake tensors, tracers) is checked when the operator runs."""
+    index = j.routing_index
+    if index is None or not index.numel():
         return
-    if not j.routing_index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # vmap batches no nonzero, and needs none
+        index = torch._C._functorch.get_unwrapped(index)
+    if type(index) not in (Tensor, torch.nn.Parameter):
+        return
+    if not index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
         return
     T = j.routing.shape[0]
-    bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
+    bad = ((index < 0) | (index >= T)).nonzero()
     if len(bad):
-        position = int(bad[0])
-        got = int(j.routing_index[position])
-        raise IndexError(f"{prefix}routing_index[{position}]: got {got}, expected 0 <= index < {T}")
+        position = bad[0].tolist()
+        got = int(index[tuple(position)])
+        raise IndexError(f"{prefix}routing_index{position}: got {got}, expected 0 <= index < {T}")
 
 
 def _in_bounds(j: Projection) -> Projection:
