@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
 from clora_kernels.__main__ import main
 from clora_kernels.dispatch import routed_lora as routed_lora_dispatch
 from clora_kernels.dispatch.choice import BACKENDS
-from clora_kernels.selftest import selftest
+from clora_kernels.selftest import Case, selftest
 from clora_kernels.testing import dispatched
 
 X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
@@ -119,12 +120,29 @@ def test_explain_a_merged_layer():
 
 def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = selftest(device)
+    report = selftest(device, seconds=300)
     assert report.ok and len(report.cases) == 15 and len(report.ratios) == 4, str(report)
+    assert all(ratio > 0 for ratio in report.ratios.values())
     right = ck.routed_lora_linear
     monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
     wrong = selftest(device)
     assert not any(case.ok for case in wrong.cases) and not wrong.ratios and "15 failed" in str(wrong)
+
+
+def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch):
+    clock = [0]
+
+    def measure(fn, backward, device):
+        clock[0] += 1
+        return 2.0
+
+    monkeypatch.setattr("clora_kernels.selftest._check", lambda dtype, device: [Case(str(dtype), True, "")])
+    monkeypatch.setattr("clora_kernels.selftest._seconds", measure)
+    monkeypatch.setattr("clora_kernels.selftest.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    report = selftest(torch.device("cpu"), seconds=2 * 8 + 5)
+    assert len(report.cases) == 3 and clock[0] == 22, "a round is two measurements, the eleventh the last to begin"
+    assert list(report.ratios.values()) == [1.0, 1.0, None, None]
+    assert str(report).count("left out: the time was up") == 2
 
 
 def test_why_triton_is_not_there(monkeypatch):
