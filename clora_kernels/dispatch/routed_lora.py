@@ -40,11 +40,15 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
     """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
     that it wins, ``native`` for a plain layer with little to compute on a CPU, else ``aten``, the only backend that is
     proved on every device. Forward and backward of a call come to the same."""
-    check_backend(backend)
-    table = table_of(x) if backend == "auto" else None
-    wins, why = _says(table, x, projections) if table and table.calls else (False, table.silence if table else "")
-    if wins:
-        return _choice("triton", backend, why)
+    why = ""
+    if backend != "auto":
+        check_backend(backend)
+    elif (table := table_of(x)).calls:
+        wins, why = _says(table, x, projections)
+        if wins:
+            return _choice("triton", backend, why)
+    else:
+        why = table.silence
     if backend in ("auto", "native"):
         why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:

@@ -61,8 +61,8 @@ DISPATCH = mutants_of(
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            "    check_backend(backend)\n",
-            "",
+            "        check_backend(backend)\n",
+            "        why = backend\n",
         ),
         (
             "reference-taken-for-aten",

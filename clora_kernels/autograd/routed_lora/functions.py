@@ -182,12 +182,14 @@ def _run(
     # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
     compiling = torch.compiler.is_compiling()
     late = compiling and backend != "reference"
+    chosen = backend
     if late:
         check_backend(backend)
     elif backend != "auto":  # one that cannot run says so before a seed is drawn
-        choose(x, projections, backend)
+        chosen = choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
-    chosen = choose(x, projections).backend if backend == "auto" and not late else backend
+    if backend == "auto" and not late:  # tables tell calls that drop from those that do not
+        chosen = choose(x, projections).backend
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
