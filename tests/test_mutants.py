@@ -37,6 +37,13 @@ def test_every_file_has_four_mutants_and_the_large_ones_a_dozen():
         assert broken[f"clora_kernels/{file}"] >= 12
 
 
+def test_a_text_that_is_in_no_mutant_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mutants.py", "--only", "nothing of the kind"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "--only: got 'nothing of the kind'" in capsys.readouterr().err
+
+
 def test_ids_are_unique():
     assert not {name: count for name, count in Counter(m.id for m in MUTANTS).items() if count > 1}
 
