@@ -177,7 +177,7 @@ def verdict(accuracies: dict[str, list[TaskAccuracies]]) -> str:
         f"{CLORA} over tuned LoRA: average {100 * average.mean:+.1f} ± {100 * average.se:.1f}, "
         f"{'more' if average.mean > 2 * average.se else 'NOT more'} than two standard errors; learning "
         f"{100 * learning.mean:+.1f} ± {100 * learning.se:.1f}, "
-        f"{'within' if abs(learning.mean) <= 0.01 else 'NOT within'} one point"
+        f"{'within' if abs(learning.mean) <= 0.01 else 'beyond'} the one point aimed at"
     )
 
 
