@@ -17,8 +17,9 @@ import torch
 from checks import check, truths
 from contestants import BUILDERS, Problem, make_problem, why_not
 from points import Point, points_of
-from timing import peak_bytes
 from torch import Tensor
+
+from clora_kernels.testing.timing import peak_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POINTS = [pytest.param(p, id=f"{p.name}-quick" if p.quick else p.name) for p in points_of(DEVICE)]

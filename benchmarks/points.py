@@ -113,7 +113,7 @@ def points_of(device: torch.device) -> tuple[Point, ...]:
 def chosen(points: tuple[Point, ...], names: str | None, quick: bool) -> list[Point]:
     """Those of ``points`` whose name is in the comma-separated ``names``, else the quick ones or all.
 
-    Raises ValueError for a name that is not among them.
+    Raises ValueError for a name that is not among them, and for no name at all.
     """
     if names is None:
         return [point for point in points if point.quick or not quick]

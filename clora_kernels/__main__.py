@@ -1,4 +1,4 @@
-"""``python -m clora_kernels info``, ``python -m clora_kernels selftest`` and ``python -m clora_kernels kernels``."""
+"""``python -m clora_kernels info``, ``selftest``, ``kernels`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import sys
 
 import torch
 
+from . import tune
 from .kernels import aot
 from .report import info
 from .selftest import selftest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 1 if a self-test case failed."""
+    """Run a command; returns the exit status: 0 if all is well."""
     parser = argparse.ArgumentParser(prog="python -m clora_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, compiled parts and backends, and why one is missing")
-    test = commands.add_parser("selftest", help="parity, adapter fidelity and speed on this machine, in 20 seconds")
+    test = commands.add_parser(
+        "selftest", help="parity, adapter fidelity and speed on this machine, in some 20 seconds"
+    )
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     aot.add_arguments(
         commands.add_parser("kernels", help="compile the Triton kernels for GPUs that need not be here, and judge them")
+    )
+    tune.add_arguments(
+        commands.add_parser("tune", help="measure on this GPU which tiles to use, and which calls triton is faster for")
     )
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
@@ -28,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "kernels":
         return aot.run(arguments)
+    if arguments.command == "tune":
+        return tune.run(arguments)
     try:
         device = torch.device(arguments.device)
         torch.empty(0, device=device)

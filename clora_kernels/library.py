@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("clora_kernels", "FRAGMENT")
 
@@ -23,15 +24,18 @@ def define_operator(schema: str, implementation: Callable[..., Any], fake: Calla
     return getattr(torch.ops.clora_kernels, name).default
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is enabled for a device; False for devices that have none (meta)."""
+def autocast_is_on(t: Tensor) -> bool:
+    """Whether autocast is enabled for the device of ``t``; False for devices that have none (meta)."""
+    if not torch._C._is_any_autocast_enabled():  # as nearly always, for a third of the time
+        return False
+    device_type = t.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """The dtypes are decided before an operator is called; leaving autocast costs 4 µs, so only where it is on."""
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if autocast_is_on(t):
+        return torch.autocast(t.device.type, enabled=False)
     return nullcontext()
 
 

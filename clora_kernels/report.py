@@ -14,11 +14,12 @@ import torch
 
 from . import extension
 from .autograd import gram_schmidt, routed_lora
-from .autograd.dropout_mask import dropout_mask
+from .autograd.dropout_mask import check_mask, dropout_mask
 from .autograd.gram_schmidt.functions import explain_call as explain_gram_schmidt
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
+from .kernels.routed_lora import tables
 from .modules.routed_lora import RoutedLoRALinear
 
 _FUNCTIONS = (
@@ -44,12 +45,13 @@ class Availability:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, devices, compiled parts, and the backends of each operation."""
+    """Versions, devices, compiled parts, the backends of each operation, and the tables of tiles that were found."""
 
     versions: dict[str, str]
     devices: list[str]
     parts: list[Availability]
     backends: dict[str, list[Availability]]
+    tables: list[Availability]
 
     def __str__(self) -> str:
         lines = [f"{name:<24} {version}" for name, version in self.versions.items()]
@@ -57,6 +59,7 @@ class Info:
         lines += ["", "compiled parts"] + [str(part) for part in self.parts]
         for operation, backends in self.backends.items():
             lines += ["", operation] + [str(backend) for backend in backends]
+        lines += ["", "tables of tiles"] + [str(table) for table in self.tables]
         return "\n".join(lines)
 
 
@@ -65,7 +68,7 @@ def info() -> Info:
     raises."""
     parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
     backends = {"routed_lora": _routed_lora(), "gram_schmidt": _gram_schmidt(), "dropout_mask": _dropout_mask()}
-    return Info(_versions(), _devices(), parts, backends)
+    return Info(_versions(), _devices(), parts, backends, _tables())
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -83,15 +86,18 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         TypeError: another ``fn``; arguments it does not take. ValueError and the like as the call itself would.
     """
     if isinstance(fn, RoutedLoRALinear):
+        called_with = inspect.signature(fn.forward).bind(*args, **kwargs).arguments
         if fn.merged:
+            fn.check_merged_call(called_with.get("gate"), called_with.get("routing_index"))
             return Choice("aten", "F.linear on the merged weight", "the layer is merged")
-        return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(*args, **kwargs))
+        return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(**called_with))
     if fn not in (*_FUNCTIONS, *_GRAM_SCHMIDT):
         known = ", ".join(f.__name__ for f in (*_FUNCTIONS, *_GRAM_SCHMIDT))
         raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     if fn is dropout_mask:
+        check_mask(**bound.arguments)
         return _explain_mask(bound.arguments["x"])
     if fn in _GRAM_SCHMIDT:
         return explain_gram_schmidt(fn, bound.arguments)
@@ -149,6 +155,21 @@ def _gram_schmidt() -> list[Availability]:
         Availability("aten", True, "ATen matmuls, any device"),
         Availability("native", built, reason),
     ]
+
+
+def _tables() -> list[Availability]:
+    """Each file of tables and, where no device here can use it, why."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    stamps = [stamp for device in devices if (stamp := tables.stamp_of(device))]
+    found = []
+    for file in tables.files():
+        problem = file.problem
+        if file.table is not None and file.table.stamp is not None:
+            reasons = [file.table.stamp.why_not(stamp) for stamp in stamps] or ["its kernels do not run here"]
+            problem = "" if "" in reasons else reasons[0]
+        found.append(Availability(file.path.name, not problem, problem or str(file.table)))
+    nothing = f"none in {tables.user_folder()}; on a GPU `python -m clora_kernels tune` makes one"
+    return found or [Availability("none", False, nothing)]
 
 
 def _dropout_mask() -> list[Availability]:

@@ -47,7 +47,7 @@ Tensor scratch(const Tensor& like, int64_t floats) {
 // A matrix as fp32 [rows][padded], dropped, zeros beyond its columns; the matrix itself where it is that already.
 Tensor widened(const Tensor& t, const char* name, int64_t padded, const Mask& mask = {}) {
   if (t.scalar_type() == ScalarType::Float && t.is_contiguous() && padded == t.size(1) && !mask.given) return t;
-  Tensor out = scratch(t, t.size(0) * padded);
+  Tensor out = torch::stable::new_empty(t, {t.size(0), padded}, ScalarType::Float);
   auto* data = out.mutable_data_ptr<float>();
   if (padded > t.size(1)) std::fill(data, data + t.size(0) * padded, 0.0f);
   with_type(t, name, [&](auto type) { widen(matrix<decltype(type)>(t), mask, padded, data); });
@@ -187,6 +187,41 @@ void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
   STD_TORCH_CHECK(is_plain(lora_B), "lora_B must be fp32 and contiguous");
 }
 
+// sums [M, K] += dy [M, N] · weight [N, K], dy and sums fp32 and contiguous, M from 1 to kFewRows; weight has contiguous
+// rows.
+void add_product(const Tensor& dy, const Tensor& weight, Tensor& sums) {
+  const int64_t M = dy.size(0), K = weight.size(1);
+  const auto* factors = dy.const_data_ptr<float>();
+  auto* total = sums.mutable_data_ptr<float>();
+  with_type(weight, "weight", [&](auto type) {
+    const auto m = matrix<decltype(type)>(weight);
+    const int64_t blocks = (K + kBlockColumns - 1) / kBlockColumns;
+    torch::stable::parallel_for(0, blocks, grain(2 * M * m.rows * kBlockColumns), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        product(factors, m, M, b * kBlockColumns, std::min((b + 1) * kBlockColumns, K), total);
+      }
+    });
+  });
+}
+
+Tensor product_of(const Tensor& dy, const Tensor& weight) {
+  Tensor sums = torch::stable::new_empty(dy, {dy.size(0), weight.size(1)}, ScalarType::Float);
+  std::fill_n(sums.mutable_data_ptr<float>(), sums.numel(), 0.0f);
+  add_product(dy, weight, sums);
+  return sums;
+}
+
+// factor · aᵀ·b [rows, columns] for a [M, rows] and b [M, columns], fp32 and contiguous, M from 1 to kFewRows.
+Tensor outer_product(const Tensor& a, const Tensor& b, float factor) {
+  const int64_t M = a.size(0), rows = a.size(1), columns = b.size(1);
+  Tensor out = torch::stable::new_empty(a, {rows, columns}, ScalarType::Float);
+  torch::stable::parallel_for(0, rows, grain(2 * M * columns), [&](int64_t begin, int64_t end) {
+    outer(a.const_data_ptr<float>(), b.const_data_ptr<float>(), M, rows, columns, factor, begin, end,
+          out.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
 // The whole low-rank side of a plain LoRA in one call: q = drop(x)·A [M, r] and y = q·C [M, N], both rounded once.
 std::tuple<Tensor, Tensor> lay_down(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
                                     const std::optional<Tensor>& seed, const std::optional<Tensor>& threshold) {
@@ -222,9 +257,20 @@ std::tuple<Tensor, Tensor, Tensor> lay_down_backward(const Tensor& dy, const Ten
   if (need_A) check_size(x, "x", M, K);
   if (need_B) check_size(q, "q", M, r);
   check_scale(scale);
-  make_mask(seed, threshold, 0, M, K);  // kept_value reads the threshold before a product does
+  const Mask mask = make_mask(seed, threshold, 0, M, K);  // kept_value reads the threshold before a product does
   Tensor dx = torch::stable::new_empty(dy, {need_x ? M : 0, K});
   Tensor dA = torch::stable::new_empty(lora_A, {0}), dB = torch::stable::new_empty(lora_B, {0});
+  if (0 < M && M <= kFewRows) {
+    const Tensor rows = widened(dy, "dy", dy.size(1));
+    const float s = *scale.const_data_ptr<float>();
+    if (need_B) dB = outer_product(rows, widened(q, "q", r), s);
+    if (need_x || need_A) {
+      const Tensor g = widened(rounded(product_of(rows, rounded(lora_B, s, dy)), kept_value(threshold), dy), "g", r);
+      if (need_x) dx = rounded(widened(product_of(g, rounded(lora_A, 1.0f, dy)), "dx", K, mask), 1.0f, dy);
+      if (need_A) dA = outer_product(g, widened(x, "x", K, mask), 1.0f);
+    }
+    return {dx, dA, dB};
+  }
   if (need_B) dB = fold(reduce(q, dy, std::nullopt, std::nullopt), scale, lora_B);
   if (need_x || need_A) {
     const Tensor g = gradient_of_p(dy, lora_B, scale, kept_value(threshold));
@@ -243,24 +289,12 @@ Tensor few_rows(const Tensor& dy, const Tensor& weight, const Tensor& dx) {
   check_size(weight, "weight", dy.size(1), K);
   STD_TORCH_CHECK(weight.stride(1) == 1 || K <= 1, "weight must have contiguous rows");
   check_size(dx, "dx", M, K);
-  const Tensor factors = widened(dy, "dy", dy.size(1));
-  Tensor out = torch::stable::new_empty(dx, {M, K}), sums = scratch(dx, M * K);
-  auto* total = sums.mutable_data_ptr<float>();
-  with_type(dx, "dx", [&](auto type) { widen(matrix<decltype(type)>(dx), {}, K, total); });
-  with_type(weight, "weight", [&](auto type) {
-    const auto m = matrix<decltype(type)>(weight);
-    const int64_t blocks = (K + kBlockColumns - 1) / kBlockColumns;
-    torch::stable::parallel_for(0, blocks, grain(2 * M * m.rows * kBlockColumns), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        product(factors.const_data_ptr<float>(), m, M, b * kBlockColumns, std::min((b + 1) * kBlockColumns, K), total);
-      }
-    });
+  Tensor sums = torch::stable::new_empty(dx, {M, K}, ScalarType::Float);
+  with_type(dx, "dx", [&](auto type) {
+    widen(matrix<decltype(type)>(dx), {}, K, sums.mutable_data_ptr<float>());
   });
-  with_type(out, "dx", [&](auto type) {
-    using T = decltype(type);
-    round(total, 1.0f, M * K, static_cast<typename T::Storage*>(out.mutable_data_ptr()), type);
-  });
-  return out;
+  add_product(widened(dy, "dy", dy.size(1)), weight, sums);
+  return rounded(sums, 1.0f, dx);
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // The inner loops of routed LoRA on a CPU that read their operands as they lie: converted copies of small ones, and
-// products with rows so few that packing would take longer.
+// products with rows so few that packing would take longer, which are a walk through the other operand.
 #pragma once
 
 #include "routed_lora_blocks.h"
 
 namespace clora_kernels {
 
-constexpr int64_t kFewRows = 8;  // up to here shrink does not pack its small operand
+constexpr int64_t kFewRows = 8;  // up to here products do not pack the other operand
 
 // Rows of a matrix as fp32 [rows][padded], dropped; what lies beyond its columns stays as it is.
 template <typename T>
@@ -97,7 +97,7 @@ CLORA_INLINE void transpose_rows(const Matrix<Float32>& small, float scale, type
 }
 
 // sums [M][kBlockColumns] += dy [M][N] · kStep rows of weight [N, K] from row n on, for columns begin .. end of K.
-template <typename T, int64_t kM, int64_t kStep>
+template <int64_t kM, int64_t kStep, typename T>
 CLORA_INLINE void product_of_rows(const float* dy, const Matrix<T>& weight, int64_t n, int64_t begin, int64_t end,
                                   float* sums) {
   const int64_t N = weight.rows, width = end - begin, whole = width / kWidth * kWidth;
@@ -130,17 +130,41 @@ CLORA_INLINE void product_of_rows(const float* dy, const Matrix<T>& weight, int6
 
 // sums [M][K] += dy [M][N] · weight [N, K] for columns begin .. end of K, kBlockColumns at most, a few rows of the
 // weight at a time, each read once and in the order of memory; weight has contiguous rows.
-template <typename T, int64_t kM>
+template <int64_t kM, typename T>
 CLORA_INLINE void product_columns(const float* dy, const Matrix<T>& weight, int64_t begin, int64_t end, float* sums) {
   constexpr int64_t kStep = 4;
   alignas(64) float piece[kM][kBlockColumns];
   for (int64_t n = 0; n < weight.rows;) {
     std::memset(piece, 0, sizeof(piece));
     const int64_t last = std::min(n + kLongestChain, weight.rows);
-    for (; n + kStep <= last; n += kStep) product_of_rows<T, kM, kStep>(dy, weight, n, begin, end, piece[0]);
-    for (; n < last; ++n) product_of_rows<T, kM, 1>(dy, weight, n, begin, end, piece[0]);
+    for (; n + kStep <= last; n += kStep) product_of_rows<kM, kStep>(dy, weight, n, begin, end, piece[0]);
+    for (; n < last; ++n) product_of_rows<kM, 1>(dy, weight, n, begin, end, piece[0]);
     for (int64_t m = 0; m < kM; ++m) {
       for (int64_t k = begin; k < end; ++k) sums[m * weight.columns + k] += piece[m][k - begin];
+    }
+  }
+}
+
+// out [rows][columns] = factor · Σ_m a [m][row] · b [m][column] for rows begin .. end.
+template <int64_t kM>
+CLORA_INLINE void outer_rows(const float* a, const float* b, int64_t rows, int64_t columns, float factor, int64_t begin,
+                             int64_t end, float* out) {
+  const int64_t whole = columns / kWidth * kWidth;
+  for (int64_t row = begin; row < end; ++row) {
+    float* target = out + row * columns;
+    for (int64_t k = 0; k < whole; k += kWidth) {
+      Vector low{}, high{};
+      for (int64_t m = 0; m < kM; ++m) {
+        low += a[m * rows + row] * at(b + m * columns + k);
+        high += a[m * rows + row] * at(b + m * columns + k + kLanes);
+      }
+      at(target + k) = factor * low;
+      at(target + k + kLanes) = factor * high;
+    }
+    for (int64_t k = whole; k < columns; ++k) {
+      float sum = 0.0f;
+      for (int64_t m = 0; m < kM; ++m) sum += a[m * rows + row] * b[m * columns + k];
+      target[k] = factor * sum;
     }
   }
 }

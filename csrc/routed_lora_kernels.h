@@ -8,6 +8,19 @@
 namespace clora_kernels {
 namespace {
 
+// A function for each number of rows, so that sums of all of them stay in registers.
+#define CLORA_BY_ROWS(M, function, ...)               \
+  switch (M) {                                        \
+    case 1: return function<1>(__VA_ARGS__);          \
+    case 2: return function<2>(__VA_ARGS__);          \
+    case 3: return function<3>(__VA_ARGS__);          \
+    case 4: return function<4>(__VA_ARGS__);          \
+    case 5: return function<5>(__VA_ARGS__);          \
+    case 6: return function<6>(__VA_ARGS__);          \
+    case 7: return function<7>(__VA_ARGS__);          \
+    default: return function<kFewRows>(__VA_ARGS__);  \
+  }
+
 #define CLORA_KERNELS(Type)                                                                                 \
   CLORA_CLONES void run(const Matrix<Type>& big, const Mask& mask, const Shrink& s, int64_t b, int64_t e) { \
     shrink_rows(big, mask, s, b, e);                                                                        \
@@ -29,16 +42,7 @@ namespace {
   }                                                                                                         \
   CLORA_CLONES void product(const float* dy, const Matrix<Type>& weight, int64_t M, int64_t b, int64_t e,   \
                             float* sums) {                                                                  \
-    switch (M) {                                                                                            \
-      case 1: return product_columns<Type, 1>(dy, weight, b, e, sums);                                      \
-      case 2: return product_columns<Type, 2>(dy, weight, b, e, sums);                                      \
-      case 3: return product_columns<Type, 3>(dy, weight, b, e, sums);                                      \
-      case 4: return product_columns<Type, 4>(dy, weight, b, e, sums);                                      \
-      case 5: return product_columns<Type, 5>(dy, weight, b, e, sums);                                      \
-      case 6: return product_columns<Type, 6>(dy, weight, b, e, sums);                                      \
-      case 7: return product_columns<Type, 7>(dy, weight, b, e, sums);                                      \
-      default: return product_columns<Type, 8>(dy, weight, b, e, sums);                                     \
-    }                                                                                                       \
+    CLORA_BY_ROWS(M, product_columns, dy, weight, b, e, sums)                                               \
   }                                                                                                         \
   CLORA_CLONES void pack(const Matrix<Type>& small, float* packed) { pack_tiles(small, packed); }           \
   CLORA_CLONES void round(const float* from, float factor, int64_t count, Type::Storage* out, Type) {       \
@@ -49,7 +53,13 @@ CLORA_KERNELS(Float32)
 CLORA_KERNELS(BFloat16)
 CLORA_KERNELS(Float16)
 
+CLORA_CLONES void outer(const float* a, const float* b, int64_t M, int64_t rows, int64_t columns, float factor,
+                        int64_t begin, int64_t end, float* out) {
+  CLORA_BY_ROWS(M, outer_rows, a, b, rows, columns, factor, begin, end, out)
+}
+
 #undef CLORA_KERNELS
+#undef CLORA_BY_ROWS
 
 }  // namespace
 }  // namespace clora_kernels

@@ -17,6 +17,9 @@ from clora_kernels import extension
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tables that were measured on this machine decide nothing in a test, nor in what it starts.
+os.environ["CLORA_TABLES"] = os.path.join(os.path.dirname(__file__), "no-tables")
+
 # Derandomised: a failure belongs to the commit that shows it. `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.register_profile(
@@ -72,7 +75,7 @@ def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch:
 @pytest.fixture
 def with_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the Triton kernels of routed LoRA run with the given tiles, whatever the call."""
-    from clora_kernels.kernels.routed_lora.triton import tiles
+    from clora_kernels.kernels.routed_lora import tiles
 
     def use(linear: Any = None, shrink: Any = None, reduce: Any = None) -> None:
         chosen, before = {"linear": linear, "shrink": shrink, "reduce": reduce}, tiles.default

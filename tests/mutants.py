@@ -34,6 +34,10 @@ ENVIRONMENT = {"CLORA_BUILD_CPU": "1", "CLORA_BUILD_CUDA": "0"} | dict.fromkeys(
     ("CFLAGS", "CXXFLAGS"), "-DCLORA_ONE_CLONE"
 )
 
+# Without a GPU Triton's kernels are interpreted, which Triton wants to know before anything imports it.
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Processes forked off one that has imported what takes seconds to import.
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "pytest", "hypothesis.strategies"])
@@ -204,6 +208,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.id or options.only in mutant.file]
+    if not mutants:
+        parser.error(f"--only: got {options.only!r}, which is in the id and the file of no mutant")
     mutants = one_per_file(mutants) if options.one_per_file else mutants
     with copy_of(ROOT) as source:  # of one moment: a run takes long enough for the code to change under it
         check_the_unbroken(mutants, source)

@@ -160,6 +160,22 @@ def test_merge_all_and_unmerge_all(model):
     assert ck.unmerge_all(model) == ["0.q_proj", "1.q_proj"] and not model[0].q_proj.merged
 
 
+@pytest.mark.parametrize("backup", ["cpu", None])
+def test_a_tied_weight_is_merged_only_where_the_others_keep_theirs(model, backup):
+    ck.inject(model, lora, ["q_proj", "up"])
+    randomize_all(model.eval())
+    model[1].q_proj.weight = model[0].q_proj.weight
+    x, before = torch.randn(2, 8), snapshot(model)
+    y = model(x)
+    with pytest.raises(ValueError, match=r"got .* that 0.q_proj.weight and 1.q_proj.weight share, expected 'device'"):
+        ck.merge_all(model, backup=backup)
+    assert same_bits(snapshot(model), before) and not model[0].up.merged
+    ck.merge_all(model)
+    torch.testing.assert_close(model(x), y)
+    ck.unmerge_all(model)
+    assert same_bits(snapshot(model), before) and torch.equal(model(x), y)
+
+
 def test_freeze_base_leaves_the_adapters(model):
     ck.inject(model, lora, ["up"])
     model[0].up.lora_A.requires_grad_(False)

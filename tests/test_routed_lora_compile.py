@@ -97,6 +97,20 @@ def test_three_graphs_for_every_size_with_floats(device):
     assert counted(device, lambda step: {"dropout_p": 0.1 + 0.1 * step, "scaling": 1.0 + 0.3 * step}) <= 3
 
 
+@pytest.mark.parametrize("floats, most", [(("dropout_p",), 3), (("dropout_p", "scaling"), 4)], ids=str)
+def test_what_changes_alone_costs_one_graph(device, floats, most):
+    """Dynamo takes a number for a constant until it changes: M first, then dropout, then scaling, each many times."""
+    steps = [{"M": M} for M in (2, 3, 64, 1000)]
+    steps += [{name: 0.1 * i} for name in floats for i in range(2, 9)]
+    settings = {"M": 2, "dropout_p": 0.1, "scaling": 0.5 if "scaling" in floats else torch.tensor(0.5, device=device)}
+    rows, options = [], []
+    for step in steps:
+        settings = {**settings, **step}
+        rows.append(settings["M"])
+        options.append({k: v for k, v in settings.items() if k != "M"})
+    assert counted(device, lambda step: options[step], rows=rows) <= most
+
+
 def test_many_values_of_a_float_stay_in_three_graphs(device):
     """Past the recompilation limit of eight a graph per value would fail."""
     options = [{"dropout_p": 0.05 + 0.03 * i, "scaling": 1.0 + 0.3 * i} for i in range(12)]

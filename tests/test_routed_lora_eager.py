@@ -44,6 +44,35 @@ def test_both_ways_give_the_same_bits(device, monkeypatch, options, dtype):
         assert plain.keys() == other.keys() and all(torch.equal(plain[k], other[k]) for k in plain), subset
 
 
+@pytest.mark.parametrize("lead", [(), (7,), (3, 5), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_y_can_be_changed_in_place(device, path, options, backend, lead):
+    """As y of nn.Linear: nn.ReLU(inplace=True), or h += residual, after it."""
+    options = {"dropout_p": 0.2, **OPTIONS[options]}
+    if "gate" in options:
+        options["gate"] = (5,)
+    if "bank" in options and not lead[1:]:
+        lead = (3, *lead)  # of samples
+    inputs = make_inputs(lead, **options, device=device)
+    learned = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    changed, other = call(**inputs, backend=backend), call(**inputs, backend=backend)
+    changed.mul_(2.0).tanh_()
+    grads = (torch.autograd.grad(y, learned, torch.ones_like(y)) for y in (changed, (other * 2.0).tanh()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_y_of_a_group_can_be_changed_in_place(device, path):
+    layers = [make_inputs((3, 5), N=N, device=device) for N in (29, 17)]
+    x = layers[0].pop("x").requires_grad_()
+    adapters = [RoutedLoRA(**{k: v for k, v in layer.items() if k != "x"}) for layer in layers]
+    changed, other = routed_lora_linear_group(x, adapters), routed_lora_linear_group(x, adapters)
+    for y in changed:
+        y.relu_()
+    grads = (torch.autograd.grad([y.sum() for y in ys], x) for ys in (changed, [y.relu() for y in other]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_either_way_saves_and_computes_what_is_wanted(device, path, options):
     """Of M, K, N and r, one name at a time: x for lora_A and the weight, what was kept for what reads it."""

@@ -28,6 +28,10 @@ def test_starts_as_the_linear_layer(options):
     index = torch.tensor([0, 2, 1, 0]) if options["routing"] == 3 else None
     assert torch.equal(layer(x, routing_index=index), nn.functional.linear(x, layer.weight, layer.bias))
     assert isinstance(layer, nn.Linear) and layer.weight.shape == (29, 37)
+    layer, x = layer.bfloat16(), x.bfloat16()  # a bias is added last there
+    product = nn.functional.linear(x, layer.weight)
+    expected = product if layer.bias is None else product + layer.bias
+    assert torch.equal(layer(x, routing_index=index), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -125,8 +125,12 @@ def adapter(dtype, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
-    "M, K, N, r", [(0, 9, 5, 2), (1, 41, 29, 5), (7, 517, 131, 17), (9, 1, 3, 1), (9, 131, 517, 256), (1000, 33, 41, 8)]
-)
+    "M, K, N, r",
+    [
+        (0, 9, 5, 2), (1, 41, 29, 5), (2, 33, 47, 24), (3, 9, 1, 96), (4, 1, 517, 4), (5, 7, 260, 1),
+        (6, 530, 20, 12), (7, 517, 131, 17), (8, 131, 70, 16), (9, 1, 3, 1), (9, 131, 517, 256), (1000, 33, 41, 8),
+    ],
+)  # fmt: skip
 def test_lay_down_and_its_backward(M, K, N, r, dropout_p, dtype):
     inputs, dy, drop = adapter(dtype, lead=(M,), K=K, N=N, r=r, dropout_p=dropout_p)
     x, A, B = inputs["x"], inputs["lora_A"], inputs["lora_B"]
@@ -144,6 +148,19 @@ def test_lay_down_and_its_backward(M, K, N, r, dropout_p, dtype):
         some = OPS.routed_lora_lay_down_backward(dy, *read, A, B, s, *drop, *map(bool, wanted))
         for want, got, full in zip(wanted, some, (dx, dA, dB), strict=True):
             assert torch.equal(got, full) if want else got.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 8, 9])
+def test_backward_reads_C_rounded(M, dtype):
+    """dy of ones and A = I: dx is the sum of the rows of C, each rounded once, and the sum once."""
+    r, N, s = 12, 2, torch.tensor(0.7)
+    B = torch.randn(N, r)
+    dx, _, _ = OPS.routed_lora_lay_down_backward(
+        torch.ones(M, N, dtype=dtype), torch.ones(M, r, dtype=dtype), torch.ones(M, r, dtype=dtype),
+        torch.eye(r), B, s, *NO_MASK, True, False, False,
+    )  # fmt: skip
+    assert torch.equal(dx, (s * B).to(dtype).float().sum(0).to(dtype).expand(M, r))
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 511, 513, 1030])
@@ -241,7 +258,10 @@ def test_threads_change_no_bit(dtype):
         y = torch.empty(M, K, dtype=dtype)
         OPS.routed_lora_expand_(y, other, C, *drop, 5, False)
         rows = OPS.routed_lora_few_rows(dy, weight, big[:8])
-        return y, rows, OPS.routed_lora_shrink(big, small, *drop), OPS.routed_lora_reduce(other, big, *drop)
+        adapter = small.float(), torch.randn(70, r, generator=torch.Generator().manual_seed(1))
+        wanted = torch.tensor(0.5), *drop, True, True, True
+        of_rows = OPS.routed_lora_lay_down_backward(dy, big[:8], other[:8], *adapter, *wanted)
+        return *of_rows, y, rows, OPS.routed_lora_shrink(big, small, *drop), OPS.routed_lora_reduce(other, big, *drop)
 
     results, before = [], torch.get_num_threads()
     try:

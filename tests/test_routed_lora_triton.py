@@ -23,8 +23,8 @@ from clora_kernels.testing import (
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
+from clora_kernels.kernels.routed_lora.tiles import LinearTile, ReduceTile, ShrinkTile
 from clora_kernels.kernels.routed_lora.triton import common
-from clora_kernels.kernels.routed_lora.triton.tiles import LinearTile, ReduceTile, ShrinkTile
 
 SAMPLES = [name for name, _ in sample_inputs()]
 TYPES = ["fp32", "bf16", "fp16", "bf16+fp32"]

@@ -18,9 +18,10 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 import triton
 import triton.language as tl
 
+from clora_kernels.kernels.routed_lora import tiles
 from clora_kernels.kernels.routed_lora import triton as kernels
-from clora_kernels.kernels.routed_lora.triton import common, tiles
-from clora_kernels.kernels.routed_lora.triton.tiles import Key, LinearTile, ReduceTile, ShrinkTile
+from clora_kernels.kernels.routed_lora.tiles import Key, LinearTile, ReduceTile, ShrinkTile, Tuned
+from clora_kernels.kernels.routed_lora.triton import common
 
 OPTIONS = {"frozen": True, "gate": (3, 7, 5), "scaling": None, "dropout_p": 0.2}
 TENSORS = ("x", "weight", "lora_A", "lora_B", "routing", "frozen_routing", "bias", "gate")
@@ -139,7 +140,10 @@ def test_runs_inside_a_compiled_graph(device):
 def test_a_table_decides_and_the_default_stands_in():
     key = tiles.key_of("linear", 90, torch.bfloat16, 8192, 4096, 4096, 16, tma=True)
     tile = LinearTile(128, 128, 64)
-    assert tiles.look_up(key, {key: tile}) == tile and tiles.look_up(key, {}) == tiles.default(key) != tile
+    assert (
+        tiles.look_up(key, {key: Tuned(tile, 1.0, 2.0)}) == tile
+        and tiles.look_up(key, {}) == tiles.default(key) != tile
+    )
     assert [tiles.bucket(M) for M in (0, 1, 16, 17, 32, 33, 8192, 8193, 10**6)] == [0, 0, 0, 1, 1, 2, 9, 10, 10]
     kinds = {"linear": LinearTile, "shrink": ShrinkTile, "reduce": ReduceTile}
     for op, kind in kinds.items():

@@ -27,7 +27,7 @@ PARTS = [
     "testing",
 ]
 USERS = ["continual", "integrations"]  # of everything below, each on its own
-ENTRIES = ["selftest", "__main__"]
+ENTRIES = ["selftest", "tune", "__main__"]
 RANK = {part: rank for rank, part in enumerate([*PARTS, "users", *ENTRIES])}
 
 OPERATIONS = ["gram_schmidt", "routed_lora"]

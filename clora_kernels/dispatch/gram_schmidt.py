@@ -68,7 +68,7 @@ def run_forward(
     Vs: Sequence[Tensor], bases: Sequence[Tensor | None], rank_tol: float | None, deficient: str, backend: str
 ) -> list[Tensor]:
     """All Q, all R, all ranks, in the leading dimensions of each V."""
-    with without_autocast(Vs[0].device.type):
+    with without_autocast(Vs[0]):
         columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
         if deficient == "random":  # what completes Q must be orthogonal to it before it is rounded
             columns = [c._replace(V=c.V.to(accumulation_dtype(c.V.dtype))) for c in columns]
@@ -128,7 +128,7 @@ def run_backward(
     backend: str,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradient of each V and of each basis; None for what is not wanted."""
-    with without_autocast(Vs[0].device.type):
+    with without_autocast(Vs[0]):
         columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
         outputs = [Outputs(*map(flat, of_one)) for of_one in zip(Qs, Rs, dQs, dRs, strict=True)]
         run = layer.backward if backend == "native" else partial(stacks.backward, _primitives(backend))

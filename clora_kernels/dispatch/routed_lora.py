@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
+from ..kernels.routed_lora.tables import Table, call_of, table_of
 from ..library import define_operator, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
@@ -34,25 +35,42 @@ def _primitives(backend: str) -> Primitives:
 
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
-    """The rule: what is named runs or raises; ``auto`` is ``native`` for a plain layer with little to compute on a CPU,
-    else ``aten``, the only backend that is proved on every device. It will be ``triton`` where a table of tiles says
-    that it wins; none ships."""
-    dtype, device_type = x.dtype, x.device.type
-    check_backend(backend)
+    """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
+    that it wins, ``native`` for a plain layer with little to compute on a CPU, else ``aten``, the only backend that is
+    proved on every device. Forward and backward of a call come to the same."""
+    why = ""
+    if backend != "auto":
+        check_backend(backend)
+    elif (table := table_of(x)).calls:
+        wins, why = _says(table, x, projections)
+        if wins:
+            return _choice("triton", backend, why)
+    else:
+        why = table.silence
     if backend in ("auto", "native"):
-        why_not = layer.why_not(dtype, device_type, projections)
+        why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
-            return _choice("native", dtype, device_type, False, backend)
-    if backend == "triton" and (why_not := why_not_triton(dtype, device_type, x.device.index)):
+            return _choice("native", backend)
+    if backend == "triton" and (why_not := why_not_triton(x.dtype, x.device.type, x.device.index)):
         raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
     chosen = backend if backend in ("reference", "triton") else "aten"
-    return _choice(chosen, dtype, device_type, projections[0].base_output is not None, backend)
+    return _choice(chosen, backend, why, x.dtype, projections[0].base_output is not None)
+
+
+def _says(table: Table, x: Tensor, projections: Sequence[Projection]) -> tuple[bool, str]:
+    """Whether a table says that triton wins this call, and what it says."""
+    verdict = table.calls.get(call_of(x.dtype, math.prod(x.shape[:-1]), projections))
+    if verdict is None:
+        return False, table.silence
+    return verdict.wins and not why_not_triton(x.dtype, x.device.type, x.device.index), verdict.reason
 
 
 @cache
-def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: bool, backend: str) -> Choice:
+def _choice(
+    chosen: str, backend: str, why: str = "", dtype: torch.dtype | None = None, has_base_output: bool = False
+) -> Choice:
     named = "named by the caller"
     if chosen == "reference":
         return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
@@ -60,14 +78,14 @@ def _choice(chosen: str, dtype: torch.dtype, device_type: str, has_base_output: 
         strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
         return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
     if chosen == "triton":
-        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", named)
+        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", why or named)
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
+    return Choice(chosen, strategy, why or named)
 
 
 def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
@@ -98,22 +116,27 @@ def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | No
 
 def check_index(j: Projection, prefix: str = "") -> None:
     """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
-    alone."""
-    if j.routing_index is None or not j.routing_index.numel():
+    alone. An index without values (fake tensors, tracers) is checked when the operator runs."""
+    index = j.routing_index
+    if index is None or not index.numel():
         return
-    if j.routing_index.device.type != "cpu" and os.environ.get("CLORA_CHECK_INDICES") != "1":
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # vmap batches no nonzero, and needs none
+        index = torch._C._functorch.get_unwrapped(index)
+    if type(index) not in (Tensor, torch.nn.Parameter):
+        return
+    if not index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
         return
     T = j.routing.shape[0]
-    bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
+    bad = ((index < 0) | (index >= T)).nonzero()
     if len(bad):
-        position = int(bad[0])
-        got = int(j.routing_index[position])
-        raise IndexError(f"{prefix}routing_index[{position}]: got {got}, expected 0 <= index < {T}")
+        position = bad[0].tolist()
+        got = int(index[tuple(position)])
+        raise IndexError(f"{prefix}routing_index{position}: got {got}, expected 0 <= index < {T}")
 
 
 def _in_bounds(j: Projection) -> Projection:
     """An index that is not checked must at least not read outside the bank."""
-    if j.routing_index is None or j.routing_index.device.type == "cpu":
+    if j.routing_index is None or j.routing_index.is_cpu:
         return j
     return j._replace(routing_index=j.routing_index.clamp(0, j.routing.shape[0] - 1))
 
@@ -139,7 +162,7 @@ def _unpack_needs(needs: Sequence[bool]) -> list[Needs]:
 
 def run_forward(x: Tensor, projections: list[Projection], backend: str) -> list[Tensor]:
     """The y of each projection, then what each keeps for backward. Indices are checked, or bounded here."""
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         if backend == "native":
             ys, kept = layer.forward(x, projections[0])
         else:
@@ -158,7 +181,7 @@ def run_backward(
     backend: str,
 ) -> list[Tensor | None]:
     """dx, then each projection's gradients in the order of ``Needs``; None for what is not wanted."""
-    with without_autocast(dys[0].device.type):
+    with without_autocast(dys[0]):
         if backend == "native":
             dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
         else:

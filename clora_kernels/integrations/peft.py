@@ -11,28 +11,28 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..modules.inject import to_lora
+from ..modules.inject import lora_state_dict
 from ..modules.routed_lora import RoutedLoRALinear
 
 T = TypeVar("T")
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, base_model_name_or_path: str | None = None) -> None:
-    """:func:`clora_kernels.to_lora`, written as PEFT writes an adapter: ``adapter_config.json`` and
-    ``adapter_model.safetensors``, which ``PeftModel.from_pretrained(plain_model, directory)`` loads.
+    """What :func:`clora_kernels.to_lora` makes of ``model``, written as PEFT writes an adapter: ``adapter_config.json``
+    and ``adapter_model.safetensors``, which ``PeftModel.from_pretrained(plain_model, directory)`` loads.
 
     Args:
-        model: its routings are folded into lora_B, as by ``to_lora``.
+        model: stays as it is, with its routings, in training or merged.
         directory: made if it is not there; the two files in it are written anew.
         base_model_name_or_path: what the config names as the plain model; PEFT's Auto classes load it by that.
 
     Raises:
-        ValueError, RuntimeError: as ``to_lora``; nothing is written then.
-        ImportError: without safetensors; the model is as it was.
+        ValueError: no routed LoRA layer, or one with a bank of routings; nothing is written then.
+        ImportError: without safetensors.
     """
     from safetensors.torch import save_file
 
-    state = to_lora(model)
+    state = lora_state_dict(model)
     config = lora_config(model, base_model_name_or_path)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -41,19 +41,18 @@ def save_pretrained(model: nn.Module, directory: str | Path, base_model_name_or_
 
 
 def lora_config(model: nn.Module, base_model_name_or_path: str | None = None) -> dict[str, Any]:
-    """The fields of the ``peft.LoraConfig`` that describes what ``to_lora`` made of ``model``.
+    """The fields of the ``peft.LoraConfig`` that describes what ``to_lora`` makes of ``model``.
 
     PEFT has one dropout for all layers: that of most layers is taken.
 
     Raises:
-        ValueError: no routed LoRA layer, or one that still has a routing, of which PEFT knows nothing.
+        ValueError: no routed LoRA layer, or one with a bank of routings.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RoutedLoRALinear)}
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without a routed LoRA layer, expected at least one")
-    for name, layer in layers.items():
-        if layer.routing is not None:
-            raise ValueError(f"model: got {name} with a routing, expected none; call to_lora first")
+    for layer in layers.values():
+        layer.check_mergeable()
     ranks = {name: layer.adapter_tensors()[0].shape[0] for name, layer in layers.items()}
     alphas = {name: layer.scaling_value() * ranks[name] for name, layer in layers.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())

@@ -64,7 +64,7 @@ def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
         and (k <= _LONGEST_SUM or n >= _LEAST_COLUMNS_OF_PIECES)
         and (k <= _LONGEST_SUM or m >= 2 * _COPIED_PIECE or b.is_contiguous())
         and a.dtype == torch.float32
-        and a.device.type == "cpu"
+        and a.is_cpu
         # a is copied if it has gaps, and over a b with gaps oneDNN falls back to loops a thousand times slower
         and (a.is_contiguous() or a.numel() <= b.numel())
         and (b.is_contiguous() or b.mT.is_contiguous())
@@ -80,7 +80,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return _by_onednn(a, b, None if bias is None else bias.contiguous())
     if (
         bias is None
-        and a.device.type == "cpu"
+        and a.is_cpu
         and b.shape[1] <= _NARROW
         and a.shape[1] <= _LONGEST_NARROW_SUM
         and a.dtype == torch.float32

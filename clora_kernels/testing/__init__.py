@@ -3,16 +3,20 @@
 from .fidelity import Fidelity, adapter_fidelity, adapter_term, assert_fidelity
 from .integrity import guarded, guarded_outputs, poisoned_empty, saved_tensors, unchanged
 from .memory import peak_memory
-from .parity import Deviation, Reference, assert_parity, compare, evaluate
+from .parity import Deviation, Expected, Reference, assert_parity, compare, evaluate
+from .timing import Rounds, Spread, take_turns
 from .tracing import dispatched, launches
 from .zoo import HardMatrix, Orthogonality, assert_orthonormal, hard_matrices, mixed_batch, orthogonality
 
 __all__ = [
     "Deviation",
+    "Expected",
     "Fidelity",
     "HardMatrix",
     "Orthogonality",
     "Reference",
+    "Rounds",
+    "Spread",
     "adapter_fidelity",
     "adapter_term",
     "assert_fidelity",
@@ -30,5 +34,6 @@ __all__ = [
     "peak_memory",
     "poisoned_empty",
     "saved_tensors",
+    "take_turns",
     "unchanged",
 ]

@@ -137,22 +137,54 @@ def assert_parity(
         AssertionError: naming each result that is not.
         ValueError: for dropout without a seed, or a result that is asked for without ``dy``.
     """
-    if inputs.get("dropout_p") and inputs.get("dropout_seed") is None:
-        raise ValueError("inputs: got dropout_p without dropout_seed, expected the seed of the draw to replay")
-    truth, same, magnitude = _references(reference, inputs, dy)
-    if gradients is None:
-        gradients = [name for name in same if name != "y" and isinstance(inputs.get(name), Tensor)]
-    names = ["y", *gradients]
-    for name in names:
-        if name not in same:
-            raise ValueError(f"gradients: got {name!r}, expected some of {', '.join(k for k in same if k != 'y')}")
-    got = actual if isinstance(actual, Mapping) else evaluate(actual, inputs, dy, names[1:])
-    accumulation = routed_lora.accumulation_dtype(next(iter(inputs.values())).dtype)
-    result = {k: compare(got.get(k), truth[k], same[k], magnitude[k], accumulation) for k in names}
-    failed = [f"  {k}: {deviation}" for k, deviation in result.items() if not deviation.ok]
-    if failed:
-        raise AssertionError("beyond the error that rounding explains:\n" + "\n".join(failed))
-    return result
+    expected = Expected.of(inputs, dy=dy, gradients=gradients, reference=reference)
+    got = actual if isinstance(actual, Mapping) else evaluate(actual, inputs, dy, list(expected.truth)[1:])
+    return expected.check(got)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What :func:`assert_parity` compares with, by the names of the results, ``"y"`` first: made once, for any number
+    of results of the same inputs."""
+
+    truth: dict[str, Tensor]
+    same: dict[str, Tensor]
+    magnitude: dict[str, Tensor]
+    accumulation: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Mapping[str, Any],
+        *,
+        dy: Tensor | None = None,
+        gradients: Iterable[str] | None = None,
+        reference: Reference = routed_lora,
+    ) -> Expected:
+        """Arguments and ValueError as of :func:`assert_parity`."""
+        if inputs.get("dropout_p") and inputs.get("dropout_seed") is None:
+            raise ValueError("inputs: got dropout_p without dropout_seed, expected the seed of the draw to replay")
+        truth, same, magnitude = _references(reference, inputs, dy)
+        if gradients is None:
+            gradients = [name for name in same if name != "y" and isinstance(inputs.get(name), Tensor)]
+        names = ["y", *gradients]
+        for name in names:
+            if name not in same:
+                raise ValueError(f"gradients: got {name!r}, expected some of {', '.join(k for k in same if k != 'y')}")
+        accumulation = routed_lora.accumulation_dtype(next(iter(inputs.values())).dtype)
+        truth, same, magnitude = ({k: found[k] for k in names} for found in (truth, same, magnitude))
+        return cls(truth, same, magnitude, accumulation)
+
+    def check(self, results: Mapping[str, Any]) -> dict[str, Deviation]:
+        """The deviation of each result; AssertionError naming each that is not within the rule."""
+        found = {
+            k: compare(results.get(k), self.truth[k], self.same[k], self.magnitude[k], self.accumulation)
+            for k in self.truth
+        }
+        failed = [f"  {k}: {deviation}" for k, deviation in found.items() if not deviation.ok]
+        if failed:
+            raise AssertionError("beyond the error that rounding explains:\n" + "\n".join(failed))
+        return found
 
 
 def _references(reference: Reference, inputs: Mapping[str, Any], dy: Tensor | None) -> tuple[dict[str, Tensor], ...]:

@@ -16,6 +16,8 @@ from .routed_lora_modules import MODULES
 from .routed_lora_native import NATIVE
 from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
+from .routed_lora_tables import TABLES
+from .routed_lora_tune import TUNE
 from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -34,6 +36,8 @@ MUTANTS: list[Mutant] = [
     *ARGUMENTS,
     *MODULES,
     *NATIVE,
+    *TABLES,
+    *TUNE,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

@@ -40,8 +40,8 @@ CPU_MATMUL = mutants_of(
         (
             "other-dtypes-go-to-onednn",
             "fp64 goes to a library that has no fp64",
-            "and a.dtype == torch.float32\n        and a.device",
-            "and a.dtype.is_floating_point\n        and a.device",
+            "and a.dtype == torch.float32\n        and a.is_cpu",
+            "and a.dtype.is_floating_point\n        and a.is_cpu",
         ),
         (
             "narrow-not-transposed",
@@ -58,8 +58,8 @@ CPU_MATMUL = mutants_of(
         (
             "narrow-without-bias",
             "a narrow product is made without the bias",
-            '        bias is None\n        and a.device.type == "cpu"\n',
-            '        a.device.type == "cpu"\n',
+            "        bias is None\n        and a.is_cpu\n",
+            "        a.is_cpu\n",
         ),
     ],
 )

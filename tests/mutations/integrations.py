@@ -8,16 +8,17 @@ INTEGRATIONS = mutants_of(
     ("tests/test_integrations_peft.py",),
     [
         (
-            "config-before-the-fold",
-            "the config is asked for with the routings still there",
-            "    state = to_lora(model)\n    config = lora_config(model, base_model_name_or_path)\n",
-            "    config = lora_config(model, base_model_name_or_path)\n    state = to_lora(model)\n",
+            "model-folded",
+            "saving folds the routings of the model itself",
+            "    state = lora_state_dict(model)\n",
+            "    state = lora_state_dict(model)\n"
+            "    [m.fold_routing() for m in model.modules() if isinstance(m, RoutedLoRALinear)]\n",
         ),
         (
             "safetensors-asked-for-late",
-            "without safetensors the model is folded all the same",
-            "    from safetensors.torch import save_file\n\n    state = to_lora(model)\n",
-            "    state = to_lora(model)\n    from safetensors.torch import save_file\n\n",
+            "without safetensors an empty folder is left",
+            "    from safetensors.torch import save_file\n",
+            "    Path(directory).mkdir(parents=True, exist_ok=True)\n    from safetensors.torch import save_file\n",
         ),
         (
             "alpha-without-the-rank",
@@ -69,9 +70,9 @@ INTEGRATIONS = mutants_of(
         ),
         (
             "bank-passes",
-            "a layer that still has its routing passes for a LoRA",
-            "        if layer.routing is not None:\n",
-            "        if layer.routing is not None and layer.routing.dim() == 2:\n",
+            "a bank of routings passes for a LoRA",
+            "        layer.check_mergeable()\n",
+            "        layer.check_restorable()\n",
         ),
         (
             "laid-out-another-way",

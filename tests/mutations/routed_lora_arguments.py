@@ -136,7 +136,7 @@ _MERGE = mutants_of(
         (
             "autocast-inside",
             "under autocast the fp32 sums are cast down",
-            "with without_autocast(weight.device.type):",
+            "with without_autocast(weight):",
             "if True:",
         ),
     ],

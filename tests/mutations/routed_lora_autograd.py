@@ -126,13 +126,13 @@ _FUNCTIONS = mutants_of(
         (
             "autocast-weight-not-cast",
             "under autocast the weight keeps its dtype",
-            "weight = _autocast(a.weight, device_type) if",
+            "weight = _autocast(a.weight) if",
             "weight = a.weight if",
         ),
         (
             "autocast-ignored",
             "autocast does not reach the layer",
-            "x = _autocast(x, device_type) if autocast else x",
+            "x = _autocast(x) if autocast else x",
             "x = x if autocast else x",
         ),
         (

@@ -13,14 +13,14 @@ DISPATCH = mutants_of(
         (
             "negative-index-passes",
             "a negative routing_index is not refused",
-            "bad = ((j.routing_index < 0) | (j.routing_index >= T))",
-            "bad = (j.routing_index >= T)",
+            "bad = ((index < 0) | (index >= T))",
+            "bad = (index >= T)",
         ),
         (
             "index-one-too-large-passes",
             "routing_index = T is not refused",
-            "(j.routing_index >= T)",
-            "(j.routing_index > T)",
+            "(index >= T)",
+            "(index > T)",
         ),
         (
             "fake-dtype-of-y",
@@ -55,14 +55,14 @@ DISPATCH = mutants_of(
         (
             "autocast-inside",
             "under autocast the fp32 sums are cast down",
-            "    if autocast_is_on(device_type):\n",
-            "    if device_type is None:\n",
+            "    if autocast_is_on(t):\n",
+            "    if t is None:\n",
         ),
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            "    check_backend(backend)\n",
-            "",
+            "        check_backend(backend)\n",
+            "        why = backend\n",
         ),
         (
             "reference-taken-for-aten",
@@ -79,13 +79,13 @@ DISPATCH = mutants_of(
         (
             "backward-under-autocast",
             "under autocast the sums of backward are cast down",
-            "    with without_autocast(dys[0].device.type):\n",
+            "    with without_autocast(dys[0]):\n",
             "    with nullcontext():\n",
         ),
         (
             "forward-under-autocast",
             "under autocast the sums of forward are cast down",
-            "    with without_autocast(x.device.type):\n",
+            "    with without_autocast(x):\n",
             "    with nullcontext():\n",
         ),
         (

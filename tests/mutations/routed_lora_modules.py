@@ -31,14 +31,14 @@ _LAYER = mutants_of(
         (
             "merged-in-training",
             "a merged layer trains without its adapter",
-            "            if self.training:\n",
-            "            if self.training and gate is not None:\n",
+            "        if self.training:\n",
+            "        if self.training and gate is not None:\n",
         ),
         (
             "merged-drops-the-gate",
             "a merged layer ignores a gate",
-            "            if gate is not None or routing_index is not None:\n",
-            "            if routing_index is not None:\n",
+            "        if gate is not None or routing_index is not None:\n",
+            "        if routing_index is not None:\n",
         ),
         (
             "gate-not-passed",
@@ -103,8 +103,8 @@ _LAYER = mutants_of(
         (
             "to-lora-keeps-routing",
             "the routing stays beside the lora_B it went into",
-            "        self.lora_B.copy_(self._routed_B(total))\n        self.routing = None\n",
-            "        self.lora_B.copy_(self._routed_B(total))\n",
+            "        self.lora_B.copy_(self._folded_B())\n        self.routing = None\n",
+            "        self.lora_B.copy_(self._folded_B())\n",
         ),
         (
             "to-lora-rounds-the-sum",
@@ -141,8 +141,8 @@ _ADAPTER = mutants_of(
         (
             "tied-weight-overwritten",
             "merging with a backup on the device overwrites tensors tied to the weight",
-            "self.weight = nn.Parameter(torch.empty_like(original), requires_grad=False)",
-            "original, self.weight = nn.Parameter(original.clone(), requires_grad=original.requires_grad), original",
+            "self.weight = nn.Parameter(torch.empty_like(original), original.requires_grad)",
+            "original, self.weight = nn.Parameter(original.clone(), original.requires_grad), original",
         ),
         (
             "unmerge-forgets",
@@ -184,14 +184,14 @@ _ADAPTER = mutants_of(
         (
             "plain-checkpoint-refused",
             "a checkpoint of the plain layer is missing the adapter",
-            "        if not adapter & state_dict.keys():\n",
-            "        if not adapter:\n",
+            "        if not adapter & state_dict.keys() and not",
+            "        if not adapter and not",
         ),
         (
             "half-an-adapter-loads",
             "a checkpoint with a part of the adapter loads",
-            "        if not adapter & state_dict.keys():\n",
-            "        if True:\n",
+            "        if not adapter & state_dict.keys() and not",
+            "        if not",
         ),
         (
             "adapter-loads-in-part",
@@ -231,14 +231,20 @@ _INJECT = mutants_of(
         (
             "merge-all-in-part",
             "layers are merged before one that cannot be",
-            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
-            _RESTORABLE + _EACH + "        layer.merge(",
+            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
+            _RESTORABLE + '    if backup != "device":',
         ),
         (
             "merge-all-beside-one-that-is-gone",
             "layers are merged before one whose weight is gone",
-            _MERGEABLE + _RESTORABLE + _EACH + "        layer.merge(",
-            _MERGEABLE + _EACH + "        layer.merge(",
+            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
+            _MERGEABLE + '    if backup != "device":',
+        ),
+        (
+            "merge-all-over-tied-weights",
+            "a weight that another module shares gets the adapter there too",
+            '    if backup != "device":\n        _check_untied(model, layers, backup)\n',
+            "",
         ),
         (
             "unmerge-all-in-part",
@@ -255,14 +261,14 @@ _INJECT = mutants_of(
         (
             "to-lora-in-part",
             "routings are folded before a bank is met",
-            "        layer.check_mergeable()\n        layer.check_restorable()\n    state:",
-            "        layer.check_restorable()\n    state:",
+            _MERGEABLE + _RESTORABLE + _EACH + "        layer.fold_routing()",
+            _RESTORABLE + _EACH + "        layer.fold_routing()",
         ),
         (
             "to-lora-exchanges-the-factors",
             "lora_A goes by the name of lora_B",
-            'lora_B.weight"] = lora_B.detach()',
-            'lora_B.weight"] = lora_A.detach()',
+            'lora_B.weight"] = lora_B\n',
+            'lora_B.weight"] = lora_A\n',
         ),
     ],
 )

@@ -95,6 +95,19 @@ _FEW_ROWS = mutants_of(
             "weight.row_stride + begin;",
             "weight.row_stride;",
         ),
+        (
+            "outer-tail-lost",
+            "the last columns of an outer product are not written",
+            "for (int64_t k = whole; k < columns; ++k) {",
+            "for (int64_t k = columns; k < columns; ++k) {",
+        ),
+        (
+            "outer-tail-unscaled",
+            "the last columns of an outer product are not scaled",
+            "target[k] = factor * sum;",
+            "target[k] = sum;",
+        ),
+        ("outer-unscaled", "an outer product is not scaled", "= factor * low;", "= low;"),
     ],
 )
 
@@ -131,6 +144,32 @@ _OPERATOR = mutants_of(
             "waits ? kept * *scale.const_data_ptr<float>() : kept;",
             "kept;",
         ),
+        (
+            "few-rows-g-unkept",
+            "of few rows g counts what is kept once",
+            "rounded(product_of(rows, rounded(lora_B, s, dy)), kept_value(threshold), dy)",
+            "rounded(product_of(rows, rounded(lora_B, s, dy)), 1.0f, dy)",
+        ),
+        (
+            "few-rows-C-unrounded",
+            "of few rows g is made of an unrounded C",
+            "product_of(rows, rounded(lora_B, s, dy))",
+            "product_of(rows, rounded(lora_B, s, rows))",
+        ),
+        (
+            "few-rows-g-unrounded",
+            "of few rows dx and dA are made of an unrounded g",
+            'kept_value(threshold), dy), "g", r)',
+            'kept_value(threshold), rows), "g", r)',
+        ),
+        ("few-rows-dx-undropped", "of few rows dx has no mask", '"dx", K, mask)', '"dx", K)'),
+        ("few-rows-dA-undropped", "of few rows dA has no mask", 'widened(x, "x", K, mask)', 'widened(x, "x", K)'),
+        (
+            "few-rows-dB-unscaled",
+            "of few rows dB is not scaled",
+            'widened(q, "q", r), s);',
+            'widened(q, "q", r), 1.0f);',
+        ),
         ("nine-rows-pass", "nine rows are taken for eight", "M <= kFewRows,", "M <= kFewRows + 1,"),
         ("overlap-passes", "rows of y may overlap", "y.stride(0) >= N,", "y.stride(0) >= 0,"),
     ],
@@ -144,8 +183,8 @@ _WRAPPERS = mutants_of(
         (
             "takes-fp64",
             "it is said to take fp64",
-            "return dtype != torch.float64 and extension",
-            "return extension",
+            "big.is_cpu and big.dtype != torch.float64 and",
+            "big.is_cpu and",
         ),
         ("row-0", "expand masks from row 0 on", "first_row, accumulate)\n    return y", "0, accumulate)\n    return y"),
         (
@@ -181,8 +220,8 @@ _PLAIN_LAYER = mutants_of(
         (
             "takes-any-scaling",
             "an fp64 scaling is not left to others",
-            'j.scaling.dtype != torch.float32 or j.scaling.device.type != "cpu"',
-            'j.scaling.device.type != "cpu"',
+            "j.scaling.dtype != torch.float32 or not j.scaling.is_cpu",
+            "not j.scaling.is_cpu",
         ),
         ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
         ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),

@@ -179,7 +179,7 @@ def _run(
 def _reference(
     Vs: list[Tensor], bases: list[Tensor | None], rank_tol: float | None, deficient: str
 ) -> list[GramSchmidtResult]:
-    with without_autocast(Vs[0].device.type):
+    with without_autocast(Vs[0]):
         results = [
             reference.forward(V, P, rank_tol=rank_tol, deficient=deficient) for V, P in zip(Vs, bases, strict=True)
         ]

@@ -71,11 +71,13 @@ def _is_right(x: Tensor, j: Projection) -> bool:
         return False
     if not (isinstance(W, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)):
         return False
-    (K, N), device = (x.shape[-1], B.shape[0] if B.dim() else 0), x.device
+    shape, device = W.shape, x.device
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
+        return False
+    N, K = shape
     r = A.shape[0] if A.dim() else 0
     return (
-        W.shape == (N, K)
-        and A.shape == (r, K)
+        A.shape == (r, K)
         and B.shape == (N, r)
         and r > 0
         and W.dtype == x.dtype
@@ -142,6 +144,8 @@ def _check_broadcast(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    if type(value) is float:  # isinstance of an abstract class takes ten times as long
+        return True
     return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -154,7 +158,7 @@ def scaling_tensor(scaling: Any, x: Tensor, prefix: str = "") -> Tensor:
                 f"{prefix}scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim "
                 "float tensor"
             )
-        if scaling.device != x.device and scaling.device.type != "cpu":
+        if scaling.device != x.device and not scaling.is_cpu:
             raise ValueError(f"{prefix}scaling: got device {scaling.device}, expected {x.device} or cpu")
         return scaling
     if not _is_number(scaling):

@@ -87,11 +87,11 @@ def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
         and type(x) in _PLAIN
-        and all(type(t) in _PLAIN for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class RoutedLoRABackwardFunction(_FirstOrderReverse):

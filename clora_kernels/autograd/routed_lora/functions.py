@@ -16,6 +16,8 @@ from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
+_PLACE = "adapters[{}]."
+
 
 class RoutedLoRA(NamedTuple):
     """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
@@ -77,12 +79,13 @@ def routed_lora_linear(
         dropout_p: probability with which an element of the adapter's x drops, in steps of 1/65536.
         dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
         training: False switches dropout off.
-        backend: "auto", "aten", "native" (a plain layer on a CPU, where the extension is built), or "reference" (plain
-            PyTorch, differentiable any number of times).
+        backend: "auto", "aten", "triton" (fused kernels on a GPU; "auto" takes it where a table made by ``python -m
+            clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built), or
+            "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
-        once, sums are fp32, y is rounded once.
+        once, sums are fp32, y is rounded once (on ATen matmuls in 16 bit once more where there is a bias, added last).
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.
@@ -111,6 +114,10 @@ def routed_lora_linear_group(
     Raises:
         As :func:`routed_lora_linear`, the argument's name preceded by ``adapters[j].``.
     """
+    return list(_run(x, _checked_group(adapters), None, training, backend, _PLACE))
+
+
+def _checked_group(adapters: Any) -> list[RoutedLoRA]:
     if not isinstance(adapters, Sequence):
         raise TypeError(f"adapters: got {type(adapters).__name__}, expected a sequence of RoutedLoRA")
     adapters = list(adapters)
@@ -120,7 +127,7 @@ def routed_lora_linear_group(
         if not isinstance(adapter, RoutedLoRA):
             raise TypeError(f"adapters[{i}]: got {type(adapter).__name__}, expected a RoutedLoRA")
         check_tensor(f"adapters[{i}].weight", adapter.weight)
-    return list(_run(x, adapters, None, training, backend, prefix="adapters[{}]."))
+    return adapters
 
 
 def routed_lora_delta(
@@ -164,25 +171,34 @@ def routed_lora_delta(
 def _run(
     x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
 ) -> Sequence[Tensor]:
-    if not isinstance(training, bool):
-        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
+    _check_training(training)
     x, projections = prepare(x, adapters, base_output, prefix)
     # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
-    late = torch.compiler.is_compiling() and backend != "reference"
+    compiling = torch.compiler.is_compiling()
+    late = compiling and backend != "reference"
+    chosen = backend
     if late:
         check_backend(backend)
-    chosen = backend if late else choose(x, projections, backend).backend
+    elif backend != "auto":  # one that cannot run says so before a seed is drawn
+        chosen = choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
+    if backend == "auto" and not late:  # tables tell calls that drop from those that do not
+        chosen = choose(x, projections).backend
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
-    if torch.compiler.is_compiling():
+    if compiling:
         # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
         # with one gate), nor one with *tensors where nothing learns.
         return routed_lora(x, tensors, given, chosen)[: len(projections)]
     if is_plain(x, tensors):
         return RoutedLoRAEagerFunction.apply(x, projections, tuple(given), chosen, *tensors)
     return RoutedLoRAFunction.apply(x, tuple(given), chosen, *tensors)[: len(projections)]
+
+
+def _check_training(training: Any) -> None:
+    if not isinstance(training, bool):
+        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
 
 
 def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:
@@ -196,43 +212,30 @@ def prepare(
     """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on);
     the draws of dropout are still to be made."""
     check_x(x)
-    device_type = x.device.type
-    autocast = autocast_is_on(device_type)
-    x = _autocast(x, device_type) if autocast else x
+    autocast = autocast_is_on(x)
+    x = _autocast(x) if autocast else x
     projections = []
     for i, a in enumerate(adapters):
-        place = prefix.format(i)
+        place = prefix and prefix.format(i)
         scaling = scaling_tensor(a.scaling, x, place)
         check_dropout(a.dropout_p, a.dropout_seed, x, place)
-        weight = _autocast(a.weight, device_type) if autocast and a.weight is not None else a.weight
-        j = Projection(
-            weight=weight,
-            lora_A=a.lora_A,
-            lora_B=a.lora_B,
-            routing=a.routing,
-            frozen_routing=a.frozen_routing,
-            routing_index=a.routing_index,
-            gate=a.gate,
-            bias=a.bias,
-            base_output=base_output,
-            scaling=scaling,
-            seed=None,
-            threshold=None,
-        )
+        weight = _autocast(a.weight) if autocast and a.weight is not None else a.weight
+        options = (a.routing, a.frozen_routing, a.routing_index, a.gate, a.bias)
+        j = Projection(weight, a.lora_A, a.lora_B, *options, base_output, scaling, None, None)
         check_projection(x, j, place)
-        if not torch.compiler.is_compiling():  # then the operator does it
+        if j.routing_index is not None and not torch.compiler.is_compiling():  # then the operator does it
             check_index(j, place)
         projections.append(j)
     return x, projections
 
 
-def _autocast(t: Tensor, device_type: str) -> Tensor:
+def _autocast(t: Tensor) -> Tensor:
     """What F.linear would compute with: autocast leaves fp64 alone."""
-    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device_type))
+    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         return reference.forward(
             x,
             j.weight,
@@ -252,10 +255,16 @@ def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
 
 def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
     """The choice for a call of one of the functions above with these bound arguments."""
+    base, prefix = arguments.get("base_output"), ""
     if fn is routed_lora_linear_group:
-        adapters, base = list(arguments["adapters"]), None
+        adapters, prefix = _checked_group(arguments["adapters"]), _PLACE
     else:
-        fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
-        adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
-    x, projections = prepare(arguments["x"], adapters, base)
+        fields = {k: v for k, v in arguments.items() if k in RoutedLoRA._fields}
+        adapters = [RoutedLoRA(**{"weight": None, **fields})]
+        if fn is routed_lora_linear:
+            check_tensor("weight", adapters[0].weight)
+    _check_training(arguments["training"])
+    x, projections = prepare(arguments["x"], adapters, base, prefix)
+    replayed = [a._replace(dropout_seed=torch.tensor(0)) for a in adapters]  # nothing is drawn for an explanation
+    projections = [_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
     return choose(x, projections, arguments["backend"])

@@ -49,7 +49,7 @@ def merge_routed_lora(
         check_tensor("gate", gate, weight.device)
         check_shape("gate", gate, (lora_A.shape[0],), "(rank,); no gate by sample or token can be merged")
     acc = accumulation_dtype(weight.dtype)
-    with without_autocast(weight.device.type):
+    with without_autocast(weight):
         small = lora_B.to(acc)
         if routing is not None:
             total = routing.to(acc) if frozen_routing is None else routing.to(acc) + frozen_routing.to(acc)

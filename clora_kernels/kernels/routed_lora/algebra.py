@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...reference.routed_lora import accumulation_dtype
-from ..views import cast, flatten
+from ..views import cast, flatten, unflatten
 from .banks import per_sample, routing_gradients
 
 
@@ -166,7 +166,7 @@ def forward(kernels: Primitives, x: Tensor, projections: list[Projection]) -> tu
         products = [] if j.weight is None else [(x_flat, j.weight.mT)]
         base = None if j.base_output is None else flatten(j.base_output)
         y = kernels.linear(products, [(q, packed.C, None)], j.bias, base)
-        ys.append(y if x.dim() == 2 else y.reshape(*lead, y.shape[1]))
+        ys.append(unflatten(y, lead))
         kept.append(p if keeps_p(j) else q)
     return ys, kept
 

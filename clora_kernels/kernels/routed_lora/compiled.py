@@ -19,14 +19,9 @@ from .algebra import Dropout
 _FEW_ROWS = 8  # up to here a call of oneDNN takes longer than the product
 
 
-def serves_type(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether the operators are built for a device and take this dtype."""
-    return dtype != torch.float64 and extension.has_op("routed_lora_shrink", device_type)
-
-
 def serves(big: Tensor) -> bool:
-    """Whether the operators take ``big``."""
-    return serves_type(big.dtype, big.device.type)
+    """Whether the operators are built, and take ``big``."""
+    return big.is_cpu and big.dtype != torch.float64 and extension.has_op("routed_lora_shrink", "cpu")
 
 
 def is_faster(big: Tensor) -> bool:
@@ -46,8 +41,9 @@ def folds(small: Tensor, scale: Tensor) -> bool:
     return (
         small.dtype == scale.dtype == torch.float32
         and small.stride(1) == 1
-        and scale.device.type == "cpu"
-        and extension.has_op("routed_lora_fold", small.device.type)
+        and scale.is_cpu
+        and small.is_cpu
+        and extension.has_op("routed_lora_fold", "cpu")
     )
 
 

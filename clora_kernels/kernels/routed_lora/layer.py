@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..views import cast, flatten
+from ..views import cast, flatten, unflatten
 from . import compiled
 from .algebra import Needs, Projection
 
@@ -21,25 +21,27 @@ from .algebra import Needs, Projection
 LITTLE_WORK = 8 << 20
 # So few rows that the frozen product is a walk through the weight: one thread of a Zen 4, 2048×2048, in µs here and by
 # ATen, forward in fp32 385 and 630 for one row, 1090 and 1450 for two; backward in bf16 360 and 770 for one, 590 and
-# 860 for four, in fp32 1390 and 2400 for four, 2510 and 3160 for seven; ATen has no fast fp16 matmul at all.
+# 860 for four, 870 and 950 for eight, in fp32 1390 and 2400 for four, 1550 and 2080 for eight; ATen has no fast fp16
+# matmul at all.
 _FEW_ROWS_FORWARD = {torch.float32: range(1, 3)}
-_FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 5), torch.float32: range(2, 8), torch.float16: range(1, 9)}
+_FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 9), torch.float32: range(2, 9), torch.float16: range(1, 9)}
 
 
-def why_not(dtype: torch.dtype, device_type: str, projections: Sequence[Projection]) -> str:
+def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
     """Why these projections cannot be computed so; empty if they can."""
     j = projections[0]
     if len(projections) > 1:
         return "it computes one projection at a time, not a group"
     if j.weight is None:
         return "it needs a weight"
-    if given := [name for name in ("routing", "gate") if getattr(j, name) is not None]:
+    if j.routing is not None or j.gate is not None:
+        given = [name for name in ("routing", "gate") if getattr(j, name) is not None]
         return f"it has no {' and no '.join(given)}"
-    if not compiled.serves_type(dtype, device_type):
-        return f"it is not built for {dtype} on {device_type}"
+    if not compiled.serves(x):
+        return f"it is not built for {x.dtype} on {x.device.type}"
     if not (_is_plain_fp32(j.lora_A) and _is_plain_fp32(j.lora_B)):
         return "it takes lora_A and lora_B in fp32 and contiguous"
-    if j.scaling.dtype != torch.float32 or j.scaling.device.type != "cpu":
+    if j.scaling.dtype != torch.float32 or not j.scaling.is_cpu:
         return "it takes an fp32 scaling on the CPU"
     return ""
 
@@ -64,7 +66,7 @@ def forward(x: Tensor, j: Projection) -> tuple[list[Tensor], list[Tensor]]:
         y.addmm_(flat, j.weight.mT)
     if j.bias is not None:
         y.add_(j.bias)
-    return [y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])], [q]
+    return [unflatten(y, x.shape[:-1])], [q]
 
 
 def backward(

@@ -12,13 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import INTERPRETER, ReduceTile, ShrinkTile
+from ..tiles import INTERPRETER, MOST_RANKS, ReduceTile, ShrinkTile, block_of_rank
 
 # Read when kernels are decorated, as Triton itself reads it.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-MOST_RANKS = 256
-"""Most columns of one accumulator: the ranks, padded, of the terms that share one read of the big operand."""
 
 SCRATCH_BYTES = 32 << 20
 """Most scratch of a sum that is split, in one launch."""
@@ -98,11 +95,6 @@ def store_tile(ptr, stride_row, stride_column, rows, columns, mask_rows, mask_co
     """Write [rows, columns] of a matrix in its dtype, rounded once; addresses are int64."""
     offs = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     tl.store(ptr + offs, rounded(value, ptr.dtype.element_ty), mask=mask_rows[:, None] & mask_columns[None, :])
-
-
-def block_of_rank(r: int, most: int = MOST_RANKS) -> int:
-    """The block that holds rank ``r``: a power of two, 16 at least as matmuls need, ``most`` at most."""
-    return min(max(16, triton.next_power_of_2(r)), most)
 
 
 def chunks(items: Sequence[T], ranks: Sequence[int]) -> Iterator[tuple[Sequence[T], int]]:

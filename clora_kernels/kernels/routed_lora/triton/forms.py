@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...declared import Compilation, Expects
-from .tiles import Key, LinearTile, ReduceTile, ShrinkTile, default
+from ..tiles import Key, LinearTile, ReduceTile, ShrinkTile, default
 
 UNALIGNED = ("M", "steps", "splits", "tiles_of_A")
 """Integers that take any value; sizes, ranks and strides are compiled as multiples of 16."""

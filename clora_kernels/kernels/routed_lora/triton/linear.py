@@ -10,9 +10,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..algebra import Dropout
+from ..tables import table_of
+from ..tiles import INTERPRETER, LinearTile, key_of, look_up
 from .common import block_of_rank, capability, on_device_of, precision, programs, scalar_on
 from .linear_kernels import linear_kernel, linear_tma_kernel, most_ranks
-from .tiles import INTERPRETER, LinearTile, key_of, look_up
 
 MOST_DESCRIBED = 3
 """Products the kernel with descriptors takes: those of q, k and v."""
@@ -48,7 +49,8 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     K = max([b.shape[0] for _, b in products], default=0)
     masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
     tma = kind in TMA_CLASSES and can_describe(products, y)
-    tile: LinearTile = look_up(key_of("linear", kind, q.dtype, M, N, K, r, terms, masked, tma))
+    key = key_of("linear", kind, q.dtype, M, N, K, block_of_rank(r), terms, masked, tma)
+    tile: LinearTile = look_up(key, table_of(y).tiles)
     block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
     shared = dict(
         TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...declared import Expects
 from ..algebra import Dropout
+from ..tables import table_of
+from ..tiles import ReduceTile, key_of, look_up
 from .common import (
     capability,
     chunks,
@@ -23,7 +25,6 @@ from .common import (
     store_tile,
 )
 from .forms import form, launch, tile_for
-from .tiles import ReduceTile, key_of, look_up
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,7 +100,8 @@ def _launch(big: Tensor, terms: list[tuple[Tensor, Dropout | None, Tensor]], blo
     M, K = big.shape
     small, dropout, out = zip(*terms, strict=True)
     masked, rank = any(d is not None for d in dropout), block_r * len(terms)
-    tile: ReduceTile = look_up(key_of("reduce", capability(big), big.dtype, M, 0, K, rank, len(terms), masked))
+    key = key_of("reduce", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
+    tile: ReduceTile = look_up(key, table_of(big).tiles)
     blocks_of_columns = triton.cdiv(K, tile.block_k)
     steps, splits = split(triton.cdiv(M, tile.block_m), blocks_of_columns, 4 * sum(t.numel() for t in out), tile, big)
     parts = out

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...declared import Expects
 from ..algebra import Term
+from ..tables import table_of
+from ..tiles import ShrinkTile, key_of, look_up
 from .common import (
     capability,
     chunks,
@@ -24,7 +26,6 @@ from .common import (
     store_tile,
 )
 from .forms import form, launch, tile_for
-from .tiles import ShrinkTile, key_of, look_up
 
 
 @triton.jit
@@ -143,7 +144,8 @@ def _launch(big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, T
     masked = any(d is not None for d in masks)
     thresholds = tuple(None if t.dropout is None else scalar_on(big.device, t.dropout.threshold) for t in terms)
     rank = block_r * len(terms)
-    tile: ShrinkTile = look_up(key_of("shrink", capability(big), big.dtype, M, 0, K, rank, len(terms), masked))
+    key = key_of("shrink", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
+    tile: ShrinkTile = look_up(key, table_of(big).tiles)
     blocks_of_rows = triton.cdiv(M, tile.block_m)
     steps, splits = split(triton.cdiv(K, tile.block_k), blocks_of_rows, 4 * M * rank, tile, big)
     parts = None

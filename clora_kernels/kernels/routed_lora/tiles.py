@@ -1,13 +1,14 @@
-"""The sizes the kernels run with: conservative defaults, and a table that may know better.
+"""The sizes the kernels run with: conservative defaults, and what a table knows better.
 
 A look-up depends on the dtype, the class of compute capability, the sizes of the layer and the *bucket* of M, never on
-M itself. The defaults are those that compile without spilling on every architecture they are for; none is measured.
+M itself, and on the rank as it is padded. The defaults are those that compile without spilling on every architecture
+they are for; none is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ Tile = LinearTile | ShrinkTile | ReduceTile
 
 @dataclass(frozen=True)
 class Key:
-    """What a table is asked: M in buckets of powers of two, the dtype by its name in Triton.
+    """What a table is asked: M in buckets of powers of two, the dtype by its name in Triton, r padded to its block.
 
     terms: products or low-rank terms of the call; dropout: whether one is masked; tma: whether operands are described.
     """
@@ -85,10 +86,24 @@ class Key:
     tma: bool = False
 
 
-Table = Mapping[Key, Tile]
+@dataclass(frozen=True)
+class Tuned:
+    """A tile that was measured, in seconds beside those of the default; ``dropped``: candidates that were not timed,
+    and why."""
 
-TABLE: Table = {}
-"""Tiles measured to be better than the defaults; none ships yet."""
+    tile: Tile
+    seconds: float
+    default_seconds: float
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+MOST_RANKS = 256
+"""Most columns of one accumulator: the ranks, padded, of the terms that share one read of the big operand."""
+
+
+def block_of_rank(r: int, most: int = MOST_RANKS) -> int:
+    """The block that holds rank ``r``: a power of two, 16 at least as matmuls need, ``most`` at most."""
+    return min(max(16, 1 << (r - 1).bit_length()), most)
 
 
 def bucket(M: int) -> int:
@@ -96,10 +111,15 @@ def bucket(M: int) -> int:
     return min(max((M - 1).bit_length() - 4, 0), 10) if M > 0 else 0
 
 
-def look_up(key: Key, table: Table | None = None) -> Any:
-    """The tile for ``key``: of the table, else the default."""
-    found = (TABLE if table is None else table).get(key)
-    return default(key) if found is None else found
+def rows_of(bucket: int) -> tuple[int, int]:
+    """The fewest and the most rows of a bucket; of the last, which is open, the most that are measured."""
+    return (1 if bucket == 0 else (8 << bucket) + 1), 16 << bucket
+
+
+def look_up(key: Key, tuned: Mapping[Key, Tuned]) -> Any:
+    """The tile for ``key``: the tuned one, else the default."""
+    found = tuned.get(key)
+    return default(key) if found is None else found.tile
 
 
 def default(key: Key) -> Tile:
@@ -144,7 +164,8 @@ def _reduce(key: Key) -> ReduceTile:
     return ReduceTile(64, 64) if key.r <= 64 else ReduceTile(32, 64, num_warps=8)
 
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The dtypes the kernels take, by their names in Triton."""
 
 
 def key_of(
@@ -160,4 +181,4 @@ def key_of(
     tma: bool = False,
 ) -> Key:
     """The key of a call."""
-    return Key(op, capability, _NAMES[dtype], N, K, r, bucket(M), terms, dropout, tma)
+    return Key(op, capability, NAMES[dtype], N, K, r, bucket(M), terms, dropout, tma)

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import environment  # noqa: F401
 import torch
-from torch import Tensor
 
-from clora_kernels.testing import peak_memory
+from .memory import peak_memory
 
 BURST_SECONDS = 4e-3
 
-Forward = Callable[[], Tensor]
-Backward = Callable[[Tensor], object]
+Forward = Callable[[], Any]
+Backward = Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Rounds:
 
 
 def take_turns(
-    contestants: dict[str, tuple[Forward, Backward]],
+    contestants: Mapping[str, tuple[Forward, Backward]],
     device: torch.device,
     seconds: float,
     least: int = 7,
