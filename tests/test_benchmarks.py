@@ -55,7 +55,6 @@ def test_the_suite_tunes_within_its_limit(device, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     import suite
 
-    monkeypatch.setattr(suite, "_no_command", lambda name: "")
     step = suite.steps(torch.device(device), tmp_path, resumed=False)[-1]
     words = step.command[step.command.index("tune") + 1 :]
     parser = argparse.ArgumentParser()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..kernels.routed_lora.tables import Table, call_of, table_of
-from ..library import define_operator, without_autocast
+from ..library import PLAIN_TYPES, define_operator, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 
@@ -122,7 +122,7 @@ def check_index(j: Projection, prefix: str = "") -> None:
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(index):  # vmap batches no nonzero, and needs none
         index = torch._C._functorch.get_unwrapped(index)
-    if type(index) not in (Tensor, torch.nn.Parameter):
+    if type(index) not in PLAIN_TYPES:
         return
     if not index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
         return
