@@ -99,20 +99,21 @@ class Orthonormaliser {
   }
 
  private:
-  // Calls body(first row, rows, panel of V after `sweeps` sweeps, panel of P) for the blocks of a split.
+  // Calls body(first row, rows, panel of V after `sweeps` sweeps, panel of P) for the blocks of a split; the panel is made
+  // in its place in `target`, if there is one.
   template <typename Body>
-  void each_panel(const Problem& p, int64_t split, int64_t sweeps, Body body) {
+  void each_panel(const Problem& p, int64_t split, int64_t sweeps, const Tall* target, Body body) {
     std::vector<float> own(static_cast<size_t>(keeps_ ? 0 : block_)), swept[2];
     for (int64_t s = 0; s < sweeps; ++s) swept[s].resize(static_cast<size_t>(layout_.floats(r_)));
     each_block(d_, split, layout_.rows, [&](int64_t row, int64_t n) {
-      float* v = keeps_ ? kept_.data() + row / layout_.rows * block_ : own.data();
-      float* basis = v + layout_.floats(r_);
-      if (!keeps_ || !is_read_) {
-        layout_.read(p.V, row, n, v);
-        if (k_) layout_.read(p.P, row, n, basis);
-      }
+      float* buffer = keeps_ ? kept_.data() + row / layout_.rows * block_ : own.data();
+      float* of_basis = buffer + layout_.floats(r_);
+      const bool is_there = keeps_ && is_read_;
+      Panel v = is_there ? layout_.place(p.V, row, n, buffer) : layout_.read(p.V, row, n, buffer);
+      const Panel basis = is_there || !k_ ? layout_.place(p.P, row, n, of_basis) : layout_.read(p.P, row, n, of_basis);
       for (int64_t s = 0; s < sweeps; ++s) {
-        float* to = swept[s].data();
+        float* next = swept[s].data();
+        const Panel to = target && s + 1 == sweeps ? layout_.place(*target, row, n, next) : layout_.panel(r_, next);
         layout_.outer(n, v, r_, sweeps_[s].X.data(), ld_, r_, to, Shape::kUpper, false);
         if (k_) layout_.outer(n, basis, k_, sweeps_[s].T.data(), ld_, r_, to, Shape::kFull, true);
         v = to;
@@ -138,7 +139,7 @@ class Orthonormaliser {
           layout_.gather(r_, r_, of_G.data(), G, ld_, true);
           if (k_) layout_.gather(k_, r_, of_S.data(), S, ld_, false);
         };
-        each_panel(p, split, sweeps, [&](int64_t row, int64_t n, const float* v, const float* basis) {
+        each_panel(p, split, sweeps, nullptr, [&](int64_t row, int64_t n, const Panel& v, const Panel& basis) {
           layout_.inner(n, v, r_, v, r_, of_G.data(), true);
           if (k_) layout_.inner(n, basis, k_, v, r_, of_S.data(), false);
           if ((row + n) % layout_.rows_of_sums() == 0) gather();
@@ -159,8 +160,8 @@ class Orthonormaliser {
   void apply(const Problem& p, int64_t sweeps) {
     torch::stable::parallel_for(0, splits_, grain(), [&](int64_t begin, int64_t end) {
       for (int64_t split = begin; split < end; ++split) {
-        each_panel(p, split, sweeps,
-                   [&](int64_t row, int64_t n, const float* q, const float*) { layout_.write(q, p.Q, row, n); });
+        each_panel(p, split, sweeps, &p.Q,
+                   [&](int64_t row, int64_t n, const Panel& q, const Panel&) { layout_.write(q, p.Q, row, n); });
       }
     });
   }
@@ -217,13 +218,14 @@ class Orthonormaliser {
 };
 
 // A small matrix is on its way from memory while the one before it is worked on.
+template <int kWrites>
 void prefetch(const Tall& m) {
   constexpr int64_t kMostBytes = 48 << 10, kLine = 64;
   const int64_t bytes = m.rows * m.columns * (m.type == ScalarType::Float ? 4 : 2);
   const bool dense = (m.column_stride == 1 && m.row_stride == m.columns) ||
                      (m.row_stride == 1 && m.column_stride == m.rows);
   if (!dense || bytes > kMostBytes) return;
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(m.data) + at);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(m.data) + at, kWrites);
 }
 
 void check(const Tensor& V, const Tensor& P) {
@@ -256,13 +258,13 @@ std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std:
       const auto run_all = [&](auto orthonormaliser) {
         for (; at < last; ++at) {
           const int64_t b = at - first[i];
-          if (at + 1 < last) prefetch(tall(V[i], b + 1));
+          if (at + 1 < last) prefetch<0>(tall(V[i], b + 1)), prefetch<1>(tall(Q[i], b + 1));
           orthonormaliser.run({tall(V[i], b), tall(P[i], b), tall(Q[i], b), R[i].mutable_data_ptr<float>() + b * r * r,
                                rank[i].mutable_data_ptr<int32_t>() + b});
         }
       };
       const int64_t k = P[i].size(2);
-      if (r <= kFewColumns && k <= kFewColumns) {
+      if (is_by_columns(V[i], k)) {
         run_all(Orthonormaliser<ByColumns>(d, r, k, rank_tol, V[i]));
       } else {
         run_all(Orthonormaliser<ByRows>(d, r, k, rank_tol, V[i]));

@@ -25,6 +25,7 @@ struct Small {
   std::vector<double> data;
 
   Small(int64_t m, int64_t n) : rows(m), columns(n), ld(padded(n)), data(static_cast<size_t>(padded(m) * padded(n))) {}
+  void clear() { std::fill(data.begin(), data.end(), 0.0); }
   double& operator()(int64_t i, int64_t j) { return data[static_cast<size_t>(i * ld + j)]; }
   double operator()(int64_t i, int64_t j) const { return data[static_cast<size_t>(i * ld + j)]; }
 
@@ -69,31 +70,35 @@ struct Term {
   Shape shape;
 };
 
+// The buffers of one thread for matrices of one shape.
 template <typename Layout>
 class Differentiator {
  public:
-  Differentiator(int64_t d, int64_t r, int64_t k) : d_(d), r_(r), k_(k), layout_(2 * r + k), splits_(splits_of(d)) {}
+  Differentiator(int64_t d, int64_t r, int64_t k)
+      : d_(d), r_(r), k_(k), layout_(2 * r + k), splits_(splits_of(d)), R_(r, r), Rt_(r, r), dR_(r, r), X_(r, r),
+        U_(r, r), Y_(r, r), Z_(r, r), scratch_(static_cast<size_t>(kSmallBlock * padded(r))) {}
 
-  void run(const Problem& p) const {
+  void run(const Problem& p) {
     std::vector<bool> kept(static_cast<size_t>(r_));
     for (int64_t j = 0; j < r_; ++j) kept[static_cast<size_t>(j)] = p.R[j * r_ + j] != 0;
     const bool deficient = std::find(kept.begin(), kept.end(), false) != kept.end();
     const bool need_P = k_ && p.dP.data;
     const Small QdQ = inner(p.Q, p.dQ, !deficient);
-    Small Y(r_, r_), Z(r_, r_), N(r_, r_);
-    solve(p, kept, QdQ, deficient ? inner(p.Q, p.V, false) : Small(r_, r_), deficient, Y, Z, N);
-    std::vector<Term> terms{{&p.dQ, Y.rounded(), Shape::kLower}, {&p.Q, Z.rounded(), Shape::kFull}};
+    Small N(deficient ? r_ : 0, r_);
+    solve(p, kept, QdQ, deficient ? inner(p.Q, p.V, false) : Small(0, r_), deficient, N);
+    std::vector<Term> terms{{&p.dQ, Y_.rounded(), Shape::kLower}, {&p.Q, Z_.rounded(), Shape::kFull}};
     if (deficient) terms.push_back({&p.V, N.rounded(), Shape::kFull});
     if (k_) {
-      const Small A = inner(p.P, p.dQ, false) * Y;  // PᵀD₀: P is orthogonal to Q and to V′
+      const Small A = inner(p.P, p.dQ, false) * Y_;  // PᵀD₀: P is orthogonal to Q and to V′
       const Small S = need_P || deficient ? inner(p.P, p.V, false) : Small(k_, r_);
-      const Small inside = S * N;
+      const Small inside = deficient ? S * N : Small(k_, r_);
       terms.push_back({&p.P, (inside + A).negative().rounded(), Shape::kFull});
       if (need_P) {
         const Small T = S.transposed();
-        combine({{&p.dQ, (Y * T).negative().rounded(), Shape::kFull},
-                 {&p.Q, (Z * T).negative().rounded(), Shape::kFull},
-                 {&p.V, (N * T + A.transposed()).negative().rounded(), Shape::kFull},
+        const Small of_V = deficient ? N * T + A.transposed() : A.transposed();
+        combine({{&p.dQ, (Y_ * T).negative().rounded(), Shape::kFull},
+                 {&p.Q, (Z_ * T).negative().rounded(), Shape::kFull},
+                 {&p.V, of_V.negative().rounded(), Shape::kFull},
                  {&p.P, (inside * T).rounded(), Shape::kFull}},
                 p.dP);
       }
@@ -109,56 +114,61 @@ class Differentiator {
   // aᵀ·b in fp64 from fp32 sums; with `upper` its upper triangle alone.
   Small inner(const Tall& a, const Tall& b, bool upper) const {
     const int64_t na = a.columns, nb = b.columns;
-    std::vector<Small> parts(static_cast<size_t>(splits_), Small(na, nb));
+    std::vector<Small> parts(static_cast<size_t>(splits_ - 1), Small(na, nb));
+    Small total(na, nb);
     torch::stable::parallel_for(0, splits_, grain(na), [&](int64_t begin, int64_t end) {
       std::vector<float> sums(static_cast<size_t>(layout_.floats_of_sums(na, nb)));
       std::vector<float> left(static_cast<size_t>(layout_.floats(na))), right(static_cast<size_t>(layout_.floats(nb)));
       for (int64_t split = begin; split < end; ++split) {
-        Small& out = parts[static_cast<size_t>(split)];
+        Small& out = split ? parts[static_cast<size_t>(split - 1)] : total;
         const auto gather = [&] { layout_.gather(na, nb, sums.data(), out.data.data(), out.ld, upper); };
         each_block(d_, split, layout_.rows, [&](int64_t row, int64_t n) {
-          layout_.read(a, row, n, left.data());
-          layout_.read(b, row, n, right.data());
-          layout_.inner(n, left.data(), na, right.data(), nb, sums.data(), upper);
+          const Panel of_a = layout_.read(a, row, n, left.data()), of_b = layout_.read(b, row, n, right.data());
+          layout_.inner(n, of_a, na, of_b, nb, sums.data(), upper);
           if ((row + n) % layout_.rows_of_sums() == 0) gather();
         });
         gather();
       }
     });
-    for (int64_t split = 1; split < splits_; ++split) parts[0] = parts[0] + parts[static_cast<size_t>(split)];
-    return parts[0];
+    for (const Small& part : parts) {
+      for (size_t i = 0; i < total.data.size(); ++i) total.data[i] += part.data[i];
+    }
+    return total;
   }
 
   // D₀ = dQ·Y + Q·Z + V′·N; QV = QᵀV is read where columns are dependent.
   void solve(const Problem& p, const std::vector<bool>& kept, const Small& QdQ, const Small& QV, bool deficient,
-             Small& Y, Small& Z, Small& N) const {
-    Small R(r_, r_), Rt(r_, r_), of_kept(r_, r_), of_dropped(r_, r_), X(r_, r_), U(r_, r_);
+             Small& N) {
+    for (Small* m : {&R_, &Rt_, &dR_, &X_, &U_, &Z_}) m->clear();
+    Small of_dropped(deficient ? r_ : 0, r_);
     for (int64_t i = 0; i < r_; ++i) {
-      for (int64_t j = i; j < r_; ++j) {
-        if (!kept[static_cast<size_t>(i)]) continue;
+      const bool is_kept = kept[static_cast<size_t>(i)];
+      R_(i, i) = 1;
+      for (int64_t j = i; is_kept && j < r_; ++j) {
         const bool both = kept[static_cast<size_t>(j)];
-        if (both) R(i, j) = Rt(j, i) = static_cast<double>(p.R[i * r_ + j]);
-        (both ? of_kept : of_dropped)(i, j) = static_cast<double>(p.dR[i * r_ + j]);
+        if (both) R_(i, j) = Rt_(j, i) = static_cast<double>(p.R[i * r_ + j]);
+        (both ? dR_ : of_dropped)(i, j) = static_cast<double>(p.dR[i * r_ + j]);
       }
-      if (!kept[static_cast<size_t>(i)]) R(i, i) = 1;
     }
-    std::vector<double> scratch(static_cast<size_t>(kSmallBlock * R.ld));
-    inverse(r_, R.ld, R.data.data(), X.data.data(), scratch.data());
+    inverse(r_, R_.ld, R_.data.data(), X_.data.data(), scratch_.data());
     // the lower triangle of M = R·dRᵀ − dQᵀ·Q, as the upper one of its transpose; then all of it, mirrored
-    multiply(r_, r_, r_, of_kept.data.data(), R.ld, Rt.data.data(), R.ld, U.data.data(), R.ld, Shape::kLower);
-    if (deficient) U = U + (QV * of_dropped.transposed()).negative();
+    constexpr int64_t kStrip = 16;
+    for (int64_t j = 0; j < r_; j += kStrip) {
+      const int64_t columns = std::min(kStrip, r_ - j);
+      multiply(j + columns, r_ - j, columns, &dR_(0, j), dR_.ld, &Rt_(j, j), Rt_.ld, &U_(0, j), U_.ld, Shape::kFull);
+    }
+    if (deficient) U_ = U_ + (QV * of_dropped.transposed()).negative();
     for (int64_t i = 0; i < r_; ++i) {
       for (int64_t j = i; j < r_; ++j) {
         const bool both = kept[static_cast<size_t>(i)] && kept[static_cast<size_t>(j)];
-        U(i, j) = U(j, i) = both ? U(i, j) - QdQ(i, j) : 0.0;
-        if (!both) X(i, j) = 0;
+        U_(i, j) = U_(j, i) = both ? U_(i, j) - QdQ(i, j) : 0.0;
+        Y_(j, i) = both ? X_(i, j) : 0.0;
       }
     }
-    Y = X.transposed();
-    multiply(r_, r_, r_, U.data.data(), U.ld, Y.data.data(), Y.ld, Z.data.data(), Z.ld, Shape::kLower);
+    multiply(r_, r_, r_, U_.data.data(), U_.ld, Y_.data.data(), Y_.ld, Z_.data.data(), Z_.ld, Shape::kLower);
     if (!deficient) return;
-    Z = Z + of_dropped;
-    N = of_dropped.transposed() * Y;
+    Z_ = Z_ + of_dropped;
+    N = of_dropped.transposed() * Y_;
   }
 
   // out = Σ tall·small.
@@ -173,14 +183,14 @@ class Differentiator {
       std::vector<float> panel(static_cast<size_t>(layout_.floats(most))), sums(static_cast<size_t>(layout_.floats(nb)));
       for (int64_t split = begin; split < end; ++split) {
         each_block(d_, split, layout_.rows, [&](int64_t row, int64_t n) {
+          const Panel sum = layout_.place(out, row, n, sums.data());
           bool add = false;
           for (const Term& term : terms) {
-            layout_.read(*term.tall, row, n, panel.data());
-            layout_.outer(n, panel.data(), term.tall->columns, term.small.data(), padded(nb), nb, sums.data(),
-                          term.shape, add);
+            const Panel of_term = layout_.read(*term.tall, row, n, panel.data());
+            layout_.outer(n, of_term, term.tall->columns, term.small.data(), padded(nb), nb, sum, term.shape, add);
             add = true;
           }
-          layout_.write(sums.data(), out, row, n);
+          layout_.write(sum, out, row, n);
         });
       }
     });
@@ -189,6 +199,8 @@ class Differentiator {
   int64_t d_, r_, k_;
   Layout layout_;
   int64_t splits_;
+  Small R_, Rt_, dR_, X_, U_, Y_, Z_;  // Y_ is zero above its diagonal
+  std::vector<double> scratch_;
 };
 
 void check(const std::vector<Tensor>& tensors, const std::vector<Tensor>& like, const char* name) {
@@ -246,7 +258,7 @@ std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const 
     size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
     for (int64_t at = begin; at < end; ++i) {
       const int64_t d = V[i].size(1), r = V[i].size(2), k = P[i].size(2), last = std::min(end, first[i + 1]);
-      const auto run_all = [&](const auto& differentiator) {
+      const auto run_all = [&](auto differentiator) {
         for (; at < last; ++at) {
           const int64_t b = at - first[i];
           const float* R_b = R[i].const_data_ptr<float>() + b * r * r;
@@ -255,7 +267,7 @@ std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const 
                               need_V ? tall(dV[i], b) : Tall{}, need_P ? tall(dP[i], b) : Tall{}});
         }
       };
-      if (r <= kFewColumns && k <= kFewColumns) {
+      if (is_by_columns(V[i], k)) {
         run_all(Differentiator<ByColumns>(d, r, k));
       } else {
         run_all(Differentiator<ByRows>(d, r, k));

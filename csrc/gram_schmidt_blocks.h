@@ -80,6 +80,12 @@ CLORA_CLONES void gather(int64_t na, int64_t nb, float* sums, double* out, int64
   gather_sums(na, nb, sums, out, ldo, upper);
 }
 
+// A panel, `ld` elements from row to row, or from column to column: in a buffer, or a matrix where it lies in memory.
+struct Panel {
+  float* data;
+  int64_t ld;
+};
+
 // Panels by rows, for many columns. Fp32 sums run over the rows of a block, then over the blocks of a split.
 struct ByRows {
   int64_t rows;  // of a block
@@ -98,22 +104,36 @@ struct ByRows {
   static int64_t floats_of_sums(int64_t na, int64_t nb) { return padded(na) * ld(nb); }
   static int64_t rows_of_sums() { return kSplitRows; }
 
-  void read(const Tall& m, int64_t row, int64_t n, float* panel) const {
+  // Whether rows of a matrix can be worked on where they lie in memory.
+  static bool is_panel(const Tall& m, int64_t n) {
+    return m.type == ScalarType::Float && m.column_stride == 1 && m.columns % kPad == 0 && n % kPad == 0 && m.row_stride <= 64;
+  }
+  static Panel panel(int64_t columns, float* buffer) { return {buffer, ld(columns)}; }
+  static Panel place(const Tall& m, int64_t row, int64_t n, float* buffer) {
+    if (is_panel(m, n)) return {static_cast<float*>(m.data) + row * m.row_stride, m.row_stride};
+    return panel(m.columns, buffer);
+  }
+  Panel read(const Tall& m, int64_t row, int64_t n, float* buffer) const {
+    const Panel panel = place(m, row, n, buffer);
+    if (is_panel(m, n)) return panel;
     with_type(m.type, "matrix", [&](auto type) {
-      clora_kernels::read(m.as<decltype(type)>(), row, n, panel, ld(m.columns), true);
+      clora_kernels::read(m.as<decltype(type)>(), row, n, buffer, panel.ld, true);
+    });
+    return panel;
+  }
+  // `panel` was made in its place.
+  void write(const Panel& panel, const Tall& m, int64_t row, int64_t n) const {
+    if (is_panel(m, n)) return;
+    with_type(m.type, "matrix", [&](auto type) {
+      clora_kernels::write(panel.data, panel.ld, m.as<decltype(type)>(), row, n, true);
     });
   }
-  void write(const float* panel, const Tall& m, int64_t row, int64_t n) const {
-    with_type(m.type, "matrix", [&](auto type) {
-      clora_kernels::write(panel, ld(m.columns), m.as<decltype(type)>(), row, n, true);
-    });
+  void inner(int64_t n, const Panel& a, int64_t na, const Panel& b, int64_t nb, float* sums, bool upper) const {
+    inner_by_rows(n, a.data, a.ld, na, b.data, b.ld, nb, sums, ld(nb), upper);
   }
-  void inner(int64_t n, const float* a, int64_t na, const float* b, int64_t nb, float* sums, bool upper) const {
-    inner_by_rows(n, a, ld(na), na, b, ld(nb), nb, sums, ld(nb), upper);
-  }
-  void outer(int64_t n, const float* a, int64_t na, const float* x, int64_t ldx, int64_t nb, float* out, Shape shape,
-             bool add) const {
-    outer_by_rows(n, a, ld(na), na, x, ldx, nb, out, ld(nb), shape, add);
+  void outer(int64_t n, const Panel& a, int64_t na, const float* x, int64_t ldx, int64_t nb, const Panel& out,
+             Shape shape, bool add) const {
+    outer_by_rows(n, a.data, a.ld, na, x, ldx, nb, out.data, out.ld, shape, add);
   }
   // out [na, ldo] += sums, which become zero.
   void gather(int64_t na, int64_t nb, float* sums, double* out, int64_t ldo, bool upper) const {
@@ -139,27 +159,36 @@ struct ByColumns {
   static int64_t floats_of_sums(int64_t na, int64_t nb) { return padded_few(na) * padded_few(nb) * kLanes; }
   static int64_t rows_of_sums() { return 1024; }
 
-  void read(const Tall& m, int64_t row, int64_t n, float* panel) const {
+  Panel panel(int64_t, float* buffer) const { return {buffer, ld()}; }
+  Panel place(const Tall&, int64_t, int64_t, float* buffer) const { return {buffer, ld()}; }
+  Panel read(const Tall& m, int64_t row, int64_t n, float* buffer) const {
     with_type(m.type, "matrix", [&](auto type) {
-      clora_kernels::read(m.as<decltype(type)>(), row, n, panel, ld(), false);
+      clora_kernels::read(m.as<decltype(type)>(), row, n, buffer, ld(), false);
+    });
+    return {buffer, ld()};
+  }
+  void write(const Panel& panel, const Tall& m, int64_t row, int64_t n) const {
+    with_type(m.type, "matrix", [&](auto type) {
+      clora_kernels::write(panel.data, ld(), m.as<decltype(type)>(), row, n, false);
     });
   }
-  void write(const float* panel, const Tall& m, int64_t row, int64_t n) const {
-    with_type(m.type, "matrix", [&](auto type) {
-      clora_kernels::write(panel, ld(), m.as<decltype(type)>(), row, n, false);
-    });
+  void inner(int64_t n, const Panel& a, int64_t na, const Panel& b, int64_t nb, float* sums, bool upper) const {
+    inner_by_columns(n, a.data, na, b.data, nb, ld(), sums, upper);
   }
-  void inner(int64_t n, const float* a, int64_t na, const float* b, int64_t nb, float* sums, bool upper) const {
-    inner_by_columns(n, a, na, b, nb, ld(), sums, upper);
-  }
-  void outer(int64_t n, const float* a, int64_t na, const float* x, int64_t ldx, int64_t nb, float* out, Shape shape,
-             bool add) const {
-    outer_by_columns(n, a, na, x, ldx, nb, ld(), out, shape, add);
+  void outer(int64_t n, const Panel& a, int64_t na, const float* x, int64_t ldx, int64_t nb, const Panel& out,
+             Shape shape, bool add) const {
+    outer_by_columns(n, a.data, na, x, ldx, nb, ld(), out.data, shape, add);
   }
   void gather(int64_t na, int64_t nb, float* sums, double* out, int64_t ldo, bool upper) const {
     clora_kernels::gather(na, nb, sums, out, ldo, upper);
   }
 };
+
+// Whether the panels of V [B, d, r] beside k columns go by columns.
+bool is_by_columns(const Tensor& V, int64_t k) {
+  const int64_t r = V.size(2);
+  return r <= kFewColumns && k <= kFewColumns && !ByRows::is_panel(tall(V, 0), kPad);
+}
 
 int64_t splits_of(int64_t d) { return std::max<int64_t>((d + kSplitRows - 1) / kSplitRows, 1); }
 

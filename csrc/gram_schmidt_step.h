@@ -14,6 +14,7 @@ enum State { kDone = 0, kAgain = 1, kHard = 2 };
 constexpr double kEnough = 6.0, kStable = 0.01, kFaithful = 4.0;
 constexpr double kRoundoff = 0x1p-24;   // of fp32, in which panels are summed
 constexpr double kGramError = 1.0;      // of an entry of a Gram matrix of unit columns, in units of that
+constexpr double kOfBasis = 8.0;        // what a basis may lack of being orthonormal, in units of that
 constexpr double kLimit = 0x1p40;       // norms beyond it, or below its inverse, are left to fp64
 
 // What a sweep does, W ← W·X + P·T (T with its sign), and the R it found.
@@ -67,7 +68,7 @@ CLORA_INLINE State find_step(int64_t k, int64_t r, int64_t ld, double* S, double
     for (int64_t j = 0; j < ld; ++j) columns[j] += row[j] * row[j];
   }
   const double of_gram = kGramError * kRoundoff * of_unit * largest;
-  const double error = of_gram + kRoundoff * (std::sqrt(of_X) + 16 * std::sqrt(of_T));
+  const double error = of_gram + kRoundoff * (std::sqrt(of_X) + kOfBasis * std::sqrt(of_T));
   double worst = 0, pivot = G[0];
   std::fill_n(negated, ld, 0.0);
   for (int64_t i = 0; i < r; ++i) {

@@ -83,7 +83,7 @@ CLORA_INLINE void inner_panels(int64_t rows, const S* a, int64_t lda, int64_t na
                                S* out, int64_t ldo, bool upper) {
   constexpr int64_t lanes = Simd<S>::lanes;
   for (int64_t j = 0; j < nb;) {
-    const bool wide = nb - j > lanes;
+    const bool wide = nb - j > lanes && !(upper && nb <= 2 * lanes);  // a quarter of a triangle's tile is spared
     const int64_t width = wide ? 2 * lanes : lanes, last = upper ? std::min(na, j + width) : na;
     if (wide) {
       for (int64_t i = 0; i < last; i += 4) {
@@ -107,7 +107,7 @@ CLORA_INLINE void outer_panels(int64_t rows, const S* a, int64_t lda, int64_t na
                                S* out, int64_t ldo, Shape shape, bool add) {
   constexpr int64_t lanes = Simd<S>::lanes;
   for (int64_t j = 0; j < nb;) {
-    const bool wide = nb - j > lanes;
+    const bool wide = nb - j > lanes && !(shape == Shape::kUpper && nb <= 2 * lanes);
     const int64_t width = wide ? 2 * lanes : lanes;
     const int64_t first = shape == Shape::kLower ? std::min(j, na) : 0;
     const int64_t count = (shape == Shape::kUpper ? std::min(na, j + width) : na) - first;

@@ -11,7 +11,7 @@ algorithm*, 2015):
 
 The step judges what one sweep leaves. Entries of G are off by about ``g``·u of the norms of their columns (u: the unit
 roundoff of the arithmetic), which gives QᵀQ an error of about g·u·‖G‖_F·max_k‖row k of (X, T)‖²; rounding X adds
-u·‖X‖_F; and P, orthonormal to about 16·u, leaves 16·u·‖T‖_F of itself. A matrix whose sum is within ``ENOUGH``·√r·u is
+u·‖X‖_F; and P, orthonormal to about ``BASIS``·u, leaves ``BASIS``·u·‖T‖_F of itself. A matrix whose sum is within ``ENOUGH``·√r·u is
 ``DONE``; one whose Gram matrix is off by ``STABLE`` at most goes ``AGAIN``, on the result of the first sweep, which
 squares the error. What no second sweep mends is the rounding of W·X, of which R makes in column j of Q·R about
 u·√Σ_k(‖column k of (X, T)‖·R_kj)²: more than ``FAITHFUL``·√r·u of that is ``HARD``, and so is all else: a Gram matrix
@@ -35,7 +35,7 @@ from ...reference.routed_lora import accumulation_dtype
 DONE, AGAIN, HARD = 0, 1, 2
 # Measured on the zoo in fp32, d from 67 to 1000, r from 12 to 256: ‖QᵀQ − I‖ is at most 2·u·√r after one sweep and
 # 1.2·u·√r after two, and a column of Q·R is off by 0.9 of its estimate at most.
-ENOUGH, STABLE, FAITHFUL = 6.0, 0.01, 4.0
+ENOUGH, STABLE, FAITHFUL, BASIS = 6.0, 0.01, 4.0, 8.0
 
 
 class Columns(NamedTuple):

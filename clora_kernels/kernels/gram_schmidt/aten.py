@@ -15,7 +15,7 @@ from torch import Tensor
 from ...reference.gram_schmidt import GramSchmidtResult, scale_exponents, times_power
 from ...reference.routed_lora import accumulation_dtype
 from ..views import cast
-from .algebra import AGAIN, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns, Sweep
+from .algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns, Sweep
 
 _GRAM_ERROR = 8.0
 """Error of an entry of a Gram matrix of unit columns, in units of the roundoff of its fp64 sums."""
@@ -81,7 +81,7 @@ def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype) -> Sw
     T = None if inside is None else inside @ X
     factors = X.square() if T is None else torch.cat([X.square(), T.square()], -2)
     of_gram = _GRAM_ERROR * torch.finfo(G.dtype).eps / 2 * torch.linalg.matrix_norm(unit) * factors.sum(-1).amax(-1)
-    of_T = 0.0 if T is None else 16 * torch.linalg.matrix_norm(T)
+    of_T = 0.0 if T is None else BASIS * torch.linalg.matrix_norm(T)
     error = of_gram + u * (torch.linalg.matrix_norm(X) + of_T)
     of_columns = (factors.sum(-2)[:, None, :] @ R.square())[:, 0].amax(-1).sqrt()
     doubtful = (R.diagonal(dim1=-2, dim2=-1) <= 1.1 * rank_tol).any(-1)
