@@ -228,22 +228,26 @@ void prefetch(const Tall& m) {
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(m.data) + at, kWrites);
 }
 
-void check(const Tensor& V, const Tensor& P) {
-  STD_TORCH_CHECK(V.dim() == 3 && P.dim() == 3, "V and P must have 3 dimensions, got ", V.dim(), " and ", P.dim());
-  STD_TORCH_CHECK(V.is_cpu() && P.is_cpu(), "V and P must be on the CPU");
+void check(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  with_type(t, name, [](auto) {});
+}
+
+void check_basis(const Tensor& P, const Tensor& V) {
+  check(P, "P");
   STD_TORCH_CHECK(P.size(0) == V.size(0) && P.size(1) == V.size(1), "P must be ", V.size(0), " matrices of ", V.size(1),
                   " rows, as V, got ", P.size(0), " of ", P.size(1));
 }
 
-// For each V [B, d, r] and P [B, d, k], k = 0 for none: all Q, then all R, then all ranks.
+// For each V [B, d, r], and P [B, d, k] beside it or no P at all: all Q, then all R, then all ranks.
 std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std::vector<Tensor>& P, double rank_tol) {
-  STD_TORCH_CHECK(V.size() == P.size(), "V and P must be lists of one length, got ", V.size(), " and ", P.size());
+  STD_TORCH_CHECK(P.empty() || V.size() == P.size(), "P must be an empty list or one of ", V.size(), ", got ", P.size());
   std::vector<Tensor> Q, R, rank;
   std::vector<int64_t> first{0};  // the place of each list entry's first matrix among all matrices
   for (size_t i = 0; i < V.size(); ++i) {
-    check(V[i], P[i]);
-    with_type(V[i], "V", [](auto) {});
-    with_type(P[i], "P", [](auto) {});
+    check(V[i], "V");
+    if (!P.empty()) check_basis(P[i], V[i]);
     const int64_t B = V[i].size(0), r = V[i].size(2);
     Q.push_back(torch::stable::empty_like(V[i]));
     R.push_back(torch::stable::new_empty(V[i], {B, r, r}, ScalarType::Float));
@@ -253,17 +257,17 @@ std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std:
   torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
     size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
     for (int64_t at = begin; at < end; ++i) {
-      const int64_t d = V[i].size(1), r = V[i].size(2), last = std::min(end, first[i + 1]);
+      const int64_t d = V[i].size(1), r = V[i].size(2), k = P.empty() ? 0 : P[i].size(2);
+      const int64_t last = std::min(end, first[i + 1]);
       if (at == last) continue;
       const auto run_all = [&](auto orthonormaliser) {
         for (; at < last; ++at) {
           const int64_t b = at - first[i];
           if (at + 1 < last) prefetch<0>(tall(V[i], b + 1)), prefetch<1>(tall(Q[i], b + 1));
-          orthonormaliser.run({tall(V[i], b), tall(P[i], b), tall(Q[i], b), R[i].mutable_data_ptr<float>() + b * r * r,
-                               rank[i].mutable_data_ptr<int32_t>() + b});
+          orthonormaliser.run({tall(V[i], b), k ? tall(P[i], b) : Tall{}, tall(Q[i], b),
+                               R[i].mutable_data_ptr<float>() + b * r * r, rank[i].mutable_data_ptr<int32_t>() + b});
         }
       };
-      const int64_t k = P[i].size(2);
       if (is_by_columns(V[i], k)) {
         run_all(Orthonormaliser<ByColumns>(d, r, k, rank_tol, V[i]));
       } else {

@@ -232,8 +232,8 @@ void check_small(const std::vector<Tensor>& tensors, const std::vector<Tensor>& 
   }
 }
 
-// For each V [B, d, r] and P [B, d, k], k = 0 for none: all dV in the type and layout of V, then all dP in fp32; one that
-// is not needed is empty.
+// For each V [B, d, r], and P [B, d, k] beside it or no P at all: all dV in the type and layout of V, then all dP in fp32;
+// one that is not needed is empty.
 std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const std::vector<Tensor>& dR,
                                            const std::vector<Tensor>& V, const std::vector<Tensor>& P,
                                            const std::vector<Tensor>& Q, const std::vector<Tensor>& R, bool need_V,
@@ -241,7 +241,7 @@ std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const 
   check_rows(V, V, "V", true);
   check_rows(dQ, V, "dQ", true);
   check_rows(Q, V, "Q", true);
-  check_rows(P, V, "P", false);
+  if (!P.empty()) check_rows(P, V, "P", false);
   check_small(dR, V, "dR");
   check_small(R, V, "R");
   std::vector<Tensor> dV, dP;
@@ -257,14 +257,15 @@ std::vector<Tensor> gram_schmidt_gradients(const std::vector<Tensor>& dQ, const 
   torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
     size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
     for (int64_t at = begin; at < end; ++i) {
-      const int64_t d = V[i].size(1), r = V[i].size(2), k = P[i].size(2), last = std::min(end, first[i + 1]);
+      const int64_t d = V[i].size(1), r = V[i].size(2), k = P.empty() ? 0 : P[i].size(2);
+      const int64_t last = std::min(end, first[i + 1]);
       const auto run_all = [&](auto differentiator) {
         for (; at < last; ++at) {
           const int64_t b = at - first[i];
           const float* R_b = R[i].const_data_ptr<float>() + b * r * r;
           const float* dR_b = dR[i].const_data_ptr<float>() + b * r * r;
-          differentiator.run({tall(dQ[i], b), tall(Q[i], b), tall(V[i], b), tall(P[i], b), R_b, dR_b,
-                              need_V ? tall(dV[i], b) : Tall{}, need_P ? tall(dP[i], b) : Tall{}});
+          differentiator.run({tall(dQ[i], b), tall(Q[i], b), tall(V[i], b), k ? tall(P[i], b) : Tall{}, R_b, dR_b,
+                              need_V ? tall(dV[i], b) : Tall{}, need_P && k ? tall(dP[i], b) : Tall{}});
         }
       };
       if (is_by_columns(V[i], k)) {

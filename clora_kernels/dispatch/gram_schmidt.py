@@ -31,11 +31,11 @@ def choose(V: Tensor, backend: str = "auto") -> Choice:
     else ``aten``, which is proved on every device."""
     check_backend(backend)
     if backend in ("auto", "native"):
-        why_not = layer.why_not(V.dtype, V.device.type)
+        why_not = layer.why_not(V)
         if backend == "native" and why_not:
             raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not:
-            return _choice("native", V.device.type, backend)
+            return _choice("native", "cpu", backend)
     if backend == "triton":
         raise unavailable("gram_schmidt", backend, "it has no Triton kernels; use 'auto' or 'aten'")
     return _choice("reference" if backend == "reference" else "aten", V.device.type, backend)

@@ -19,12 +19,12 @@ from .algebra import Columns, Outputs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(dtype: torch.dtype, device_type: str) -> str:
-    """Why the compiled operators cannot take such matrices; empty if they can."""
-    if dtype not in _DTYPES:
-        return f"it is not built for {dtype}"
-    if device_type != "cpu":
-        return f"it runs on the CPU, not on {device_type}"
+def why_not(V: Tensor) -> str:
+    """Why the compiled operators cannot take V; empty if they can."""
+    if V.dtype not in _DTYPES:
+        return f"it is not built for {V.dtype}"
+    if not V.is_cpu:
+        return f"it runs on the CPU, not on {V.device.type}"
     return "" if extension.has_op("gram_schmidt_sweeps", "cpu") else "the compiled part cpu is not there"
 
 
@@ -50,7 +50,8 @@ def backward(
         dR, R = [o.dR.contiguous() for o in some], [o.R.contiguous() for o in some]
         bases = _bases(chosen)
         out = gradients([o.dQ for o in some], dR, [c.V for c in chosen], bases, [o.Q for o in some], R, need_V, need_P)
-    found = dict(zip(filled, zip(out, out[len(filled) :], strict=False), strict=True))
+    dPs = out[len(filled) :] or [None] * len(filled)
+    found = dict(zip(filled, zip(out[: len(filled)], dPs, strict=True), strict=True))
     result: list[tuple[Tensor | None, Tensor | None]] = []
     for i, (V, P) in enumerate(columns):
         dV, dP = found[i] if i in found else (torch.zeros_like(V), None if P is None else torch.zeros_like(P).float())
@@ -59,7 +60,10 @@ def backward(
 
 
 def _bases(columns: Sequence[Columns]) -> list[Tensor]:
-    """For each its basis in a dtype that the operators take, one without columns for none."""
+    """For each its basis in a dtype that the operators take, one without columns for none; an empty list for none at
+    all."""
+    if all(c.P is None for c in columns):
+        return []
     return [c.V.narrow(2, 0, 0) if c.P is None else c.P if c.P.dtype in _DTYPES else c.P.float() for c in columns]
 
 
