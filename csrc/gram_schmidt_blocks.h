@@ -91,7 +91,7 @@ struct ByRows {
   int64_t rows;  // of a block
 
   explicit ByRows(int64_t columns) {
-    constexpr int64_t kMost = 128, kLeast = 32, kFloats = 16384;  // panels should stay in the caches
+    constexpr int64_t kMost = 64, kLeast = 32, kFloats = 16384;  // panels should stay in the caches
     rows = std::max(kLeast, std::min(kMost, kFloats / std::max<int64_t>(columns, 1) / kPad * kPad));
   }
 

@@ -41,21 +41,11 @@ CLORA_INLINE void transpose(Vector (&m)[8]) {
   }
 }
 
-template <typename T>
-CLORA_INLINE void widen(const typename T::Storage* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = T::from(from[i]);
-}
-
-template <typename T>
-CLORA_INLINE void narrow(const float* from, int64_t count, typename T::Storage* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = T::to(from[i]);
-}
-
 // Eight elements as a vector, and back.
 template <typename T>
 CLORA_INLINE void load(const typename T::Storage* from, Vector& to) {
   alignas(32) float values[8];
-  widen<T>(from, 8, values);
+  for (int64_t i = 0; i < 8; ++i) values[i] = T::from(from[i]);
   to = at(values);
 }
 template <>
@@ -73,7 +63,7 @@ template <typename T>
 CLORA_INLINE void store(const Vector& from, typename T::Storage* to) {
   alignas(32) float values[8];
   at(values) = from;
-  narrow<T>(values, 8, to);
+  for (int64_t i = 0; i < 8; ++i) to[i] = T::to(values[i]);
 }
 template <>
 CLORA_INLINE void store<Float32>(const Vector& from, float* to) {
@@ -86,6 +76,21 @@ CLORA_INLINE void store<BFloat16>(const Vector& from, uint16_t* to) {
   const Words is_nan = reinterpret_cast<Words>((bits & 0x7FFFFFFFu) > 0x7F800000u);
   const Halves halves = __builtin_convertvector((is_nan & (bits >> 16 | 0x40u)) | (~is_nan & rounded), Halves);
   std::memcpy(to, &halves, sizeof(halves));
+}
+
+// A run of elements as fp32, and back.
+template <typename T>
+CLORA_INLINE void widen(const typename T::Storage* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) load<T>(from + i, at(to + i));
+  for (; i < count; ++i) to[i] = T::from(from[i]);
+}
+
+template <typename T>
+CLORA_INLINE void narrow(const float* from, int64_t count, typename T::Storage* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store<T>(at(from + i), to + i);
+  for (; i < count; ++i) to[i] = T::to(from[i]);
 }
 
 // Eight runs of eight elements, `stride` apart, become eight rows of a panel, `ld` apart, across them.
@@ -114,21 +119,7 @@ template <typename T>
 CLORA_INLINE void read_panel(const typename T::Storage* from, int64_t n, int64_t m, int64_t outer, int64_t inner,
                              float* panel, int64_t ld) {
   if (inner == 1) {
-    for (int64_t i = 0; i < n; ++i) {
-      switch (m) {  // runs so short that a loop over them would be most of the work
-        case 4:
-          widen<T>(from + i * outer, 4, panel + i * ld);
-          break;
-        case 8:
-          widen<T>(from + i * outer, 8, panel + i * ld);
-          break;
-        case 16:
-          widen<T>(from + i * outer, 16, panel + i * ld);
-          break;
-        default:
-          widen<T>(from + i * outer, m, panel + i * ld);
-      }
-    }
+    for (int64_t i = 0; i < n; ++i) widen<T>(from + i * outer, m, panel + i * ld);
     return;
   }
   const int64_t whole_n = outer == 1 ? n / 8 * 8 : 0, whole_m = m / 8 * 8;
@@ -147,21 +138,7 @@ template <typename T>
 CLORA_INLINE void write_panel(const float* panel, int64_t ld, int64_t n, int64_t m, int64_t outer, int64_t inner,
                               typename T::Storage* to) {
   if (inner == 1) {
-    for (int64_t i = 0; i < n; ++i) {
-      switch (m) {
-        case 4:
-          narrow<T>(panel + i * ld, 4, to + i * outer);
-          break;
-        case 8:
-          narrow<T>(panel + i * ld, 8, to + i * outer);
-          break;
-        case 16:
-          narrow<T>(panel + i * ld, 16, to + i * outer);
-          break;
-        default:
-          narrow<T>(panel + i * ld, m, to + i * outer);
-      }
-    }
+    for (int64_t i = 0; i < n; ++i) narrow<T>(panel + i * ld, m, to + i * outer);
     return;
   }
   const int64_t whole_n = outer == 1 ? n / 8 * 8 : 0, whole_m = m / 8 * 8;
