@@ -3,6 +3,7 @@
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
+from .gram_schmidt import GRAM_SCHMIDT
 from .integrations import INTEGRATIONS
 from .mutant import Mutant
 from .routed_lora_algebra import ALGEBRA
@@ -38,6 +39,7 @@ MUTANTS: list[Mutant] = [
     *NATIVE,
     *TABLES,
     *TUNE,
+    *GRAM_SCHMIDT,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

@@ -55,8 +55,8 @@ DISPATCH = mutants_of(
         (
             "autocast-inside",
             "under autocast the fp32 sums are cast down",
-            "    if autocast_is_on(t):\n",
-            "    if t is None:\n",
+            "    with without_autocast(x):\n",
+            "    if True:\n",
         ),
         (
             "unknown-backend-passes",
