@@ -4,6 +4,7 @@ from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
 from .gram_schmidt import GRAM_SCHMIDT
+from .gram_schmidt_native import GRAM_SCHMIDT_NATIVE
 from .integrations import INTEGRATIONS
 from .mutant import Mutant
 from .routed_lora_algebra import ALGEBRA
@@ -40,6 +41,7 @@ MUTANTS: list[Mutant] = [
     *TABLES,
     *TUNE,
     *GRAM_SCHMIDT,
+    *GRAM_SCHMIDT_NATIVE,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

@@ -18,8 +18,6 @@ _REFERENCE = mutants_of(
          "w = v"),
         ("once-is-enough", "no projection is repeated", "        w = w - inside\n        c = c + again",
          "        c = c + again"),
-        ("second-projection-uncounted", "R lacks what the second projection takes",
-         "        c = c + again[..., again.shape[-1] - j :]\n", ""),
         ("absolute-tolerance", "a column is measured by the tolerance alone",
          "norm > tol * torch.linalg.vector_norm(v.detach(), dim=-1)", "norm > tol"),
         ("edge-kept", "what equals the tolerance is independent", "keep = norm > tol", "keep = norm >= tol"),
