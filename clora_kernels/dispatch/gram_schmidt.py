@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gram_schmidt import aten, layer, stacks
-from ..kernels.gram_schmidt.algebra import Outputs, Primitives, complete
+from ..kernels.gram_schmidt.algebra import Columns, Outputs, Primitives, complete
 from ..kernels.gram_schmidt.stacks import columns_of, flat
 from ..library import define_operator, without_autocast
 from ..reference.gram_schmidt import GramSchmidtResult, tolerance
@@ -68,29 +68,33 @@ def run_forward(
     Vs: Sequence[Tensor], bases: Sequence[Tensor | None], rank_tol: float | None, deficient: str, backend: str
 ) -> list[Tensor]:
     """All Q, all R, all ranks, in the leading dimensions of each V."""
-    with without_autocast(Vs[0]):
-        columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
-        if deficient == "random":  # what completes Q must be orthogonal to it before it is rounded
-            columns = [c._replace(V=c.V.to(accumulation_dtype(c.V.dtype))) for c in columns]
-        tol = tolerance(rank_tol, Vs[0].dtype)
-        run = layer.forward if backend == "native" else partial(stacks.forward, _primitives(backend))
-        found = run(columns, tol)
-        if deficient == "random":
-            found = [
-                f._replace(Q=complete(lambda c: run([c], tol)[0], c, f).to(V.dtype))
-                for f, c, V in zip(found, columns, Vs, strict=True)
-            ]
-        results = [_shaped(f, V) for f, V in zip(found, Vs, strict=True)]
-        if deficient == "raise":
-            check_rank(results)
-        return [t for of_all in zip(*results, strict=True) for t in of_all]
+    columns = list(map(columns_of, Vs, bases))
+    if deficient == "random":  # what completes Q must be orthogonal to it before it is rounded
+        columns = [c._replace(V=c.V.to(accumulation_dtype(c.V.dtype))) for c in columns]
+    tol = tolerance(rank_tol, Vs[0].dtype)
+    run = layer.forward if backend == "native" else partial(_forward_of_stacks, _primitives(backend))
+    found = run(columns, tol)
+    if deficient == "random":
+        found = [
+            f._replace(Q=complete(lambda c: run([c], tol)[0], c, f).to(V.dtype))
+            for f, c, V in zip(found, columns, Vs, strict=True)
+        ]
+    results = list(map(_shaped, found, Vs))
+    if deficient == "raise":
+        check_rank(results)
+    return [t for of_all in zip(*results, strict=True) for t in of_all]
+
+
+def _forward_of_stacks(kernels: Primitives, columns: Sequence[Columns], rank_tol: float) -> list[GramSchmidtResult]:
+    with without_autocast(columns[0].V):
+        return stacks.forward(kernels, columns, rank_tol)
 
 
 def _shaped(result: GramSchmidtResult, V: Tensor) -> GramSchmidtResult:
-    lead, r = V.shape[:-2], V.shape[-1]
     Q = _laid_out(result.Q, V)
-    if len(lead) == 1:
+    if V.dim() == 3:
         return result if Q is result.Q else result._replace(Q=Q)
+    lead, r = V.shape[:-2], V.shape[-1]
     return GramSchmidtResult(Q, result.R.reshape(*lead, r, r), result.rank.reshape(lead))
 
 
@@ -128,16 +132,20 @@ def run_backward(
     backend: str,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradient of each V and of each basis; None for what is not wanted."""
-    with without_autocast(Vs[0]):
-        columns = [columns_of(V, P) for V, P in zip(Vs, bases, strict=True)]
-        outputs = [Outputs(*map(flat, of_one)) for of_one in zip(Qs, Rs, dQs, dRs, strict=True)]
-        run = layer.backward if backend == "native" else partial(stacks.backward, _primitives(backend))
-        found = run(outputs, columns, any(need_V), any(need_P))
-        dVs = [_laid_out(dV, V) if need else None for (dV, _), V, need in zip(found, Vs, need_V, strict=True)]
-        dPs = [
-            _of_basis(dP, V, P) if need else None for (_, dP), V, P, need in zip(found, Vs, bases, need_P, strict=True)
-        ]
+    columns = list(map(columns_of, Vs, bases))
+    outputs = [Outputs(*map(flat, of_one)) for of_one in zip(Qs, Rs, dQs, dRs, strict=True)]
+    run = layer.backward if backend == "native" else partial(_backward_of_stacks, _primitives(backend))
+    found = run(outputs, columns, any(need_V), any(need_P))
+    dVs = [_laid_out(dV, V) if need else None for (dV, _), V, need in zip(found, Vs, need_V, strict=True)]
+    dPs = [_of_basis(dP, V, P) if need else None for (_, dP), V, P, need in zip(found, Vs, bases, need_P, strict=True)]
     return dVs, dPs
+
+
+def _backward_of_stacks(
+    kernels: Primitives, outputs: Sequence[Outputs], columns: Sequence[Columns], need_V: bool, need_P: bool
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    with without_autocast(columns[0].V):
+        return stacks.backward(kernels, outputs, columns, need_V, need_P)
 
 
 def _of_basis(dP: Tensor | None, V: Tensor, basis: Tensor | None) -> Tensor | None:

@@ -37,6 +37,7 @@ rounded Q.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,12 @@ def empty_result(V: Tensor) -> GramSchmidtResult:
 
 def tolerance(rank_tol: float | None, dtype: torch.dtype) -> float:
     """``rank_tol``, by default 64·eps of the arithmetic on ``dtype``."""
-    return 64 * torch.finfo(accumulation_dtype(dtype)).eps if rank_tol is None else rank_tol
+    return _default_tolerance(dtype) if rank_tol is None else rank_tol
+
+
+@cache
+def _default_tolerance(dtype: torch.dtype) -> float:
+    return 64 * torch.finfo(accumulation_dtype(dtype)).eps
 
 
 def completion(d: int, r: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from ... import extension
 from ...reference.gram_schmidt import GramSchmidtResult, empty_result
 from .algebra import Columns, Outputs
 
+_OPERATORS = torch.ops.clora_kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,10 +33,12 @@ def forward(columns: Sequence[Columns], rank_tol: float) -> list[GramSchmidtResu
     """As ``algebra.forward`` of each."""
     filled = [c for c in columns if c.V.numel()]
     n = len(filled)
-    sweeps = torch.ops.clora_kernels.gram_schmidt_sweeps.default
-    out = sweeps([c.V for c in filled], _bases(filled), rank_tol) if n else []
-    found = (GramSchmidtResult(out[i], out[n + i], out[2 * n + i]) for i in range(n))
-    return [next(found) if c.V.numel() else empty_result(c.V) for c in columns]
+    out = _OPERATORS.gram_schmidt_sweeps.default([c.V for c in filled], _bases(filled), rank_tol) if n else []
+    found = [GramSchmidtResult(out[i], out[n + i], out[2 * n + i]) for i in range(n)]
+    if n == len(columns):
+        return found
+    rest = iter(found)
+    return [next(rest) if c.V.numel() else empty_result(c.V) for c in columns]
 
 
 def backward(
@@ -44,7 +47,7 @@ def backward(
     """As ``algebra.backward`` of each."""
     filled = [i for i, c in enumerate(columns) if c.V.numel()]
     some, chosen = [outputs[i] for i in filled], [columns[i] for i in filled]
-    gradients = torch.ops.clora_kernels.gram_schmidt_gradients.default
+    gradients = _OPERATORS.gram_schmidt_gradients.default
     out = []
     if filled:
         dR, R = [o.dR.contiguous() for o in some], [o.R.contiguous() for o in some]
