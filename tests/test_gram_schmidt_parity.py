@@ -40,6 +40,20 @@ def test_gradients_of_samples(device, name, dtype, backend):
     assert_gradients(grads, inputs, dQ, dR)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_backward_by_hand_is_that_of_autograd(device, name):
+    """In fp64, where rounding hides nothing: the measure of all others is right itself."""
+    inputs = dict(sample_inputs(torch.float64, device))[name]
+    dQ, dR = gradients_for(inputs)
+    result, truth = evaluate(inputs, dQ, dR, reference.forward)
+    with torch.no_grad():
+        got = reference.backward(dQ, dR, inputs["V"], inputs.get("against"), result.Q, result.R)._asdict()
+    for key, expected in truth.items():
+        difference = torch.linalg.vector_norm(got[key].double() - expected)
+        allowed = 1e-4 if inputs[key].dtype.itemsize == 2 else 1e-9  # a 16-bit basis gets a 16-bit gradient
+        assert difference <= allowed * (1 + torch.linalg.vector_norm(expected)), key
+
+
 @pytest.mark.parametrize(("dtype", "backend"), CASES)
 def test_it_is_qr_with_a_positive_diagonal(device, dtype, backend):
     V = make_inputs((4,), 61, 9, dtype=TYPES[dtype], device=device)["V"]

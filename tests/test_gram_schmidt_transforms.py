@@ -55,7 +55,7 @@ def test_gradcheck_of_a_basis_that_serves_all(device, backend):
     )
 
 
-@pytest.mark.parametrize("backend", backends(torch.float64))
+@pytest.mark.parametrize("backend", [*backends(torch.float64), "reference"])
 def test_gradcheck_of_a_completed_and_of_a_compacted_basis(device, backend):
     inputs = make_inputs(**SMALL, **DEPENDENT, device=device)
     V = inputs.pop("V").requires_grad_()

@@ -29,7 +29,6 @@ _REFERENCE = mutants_of(
         ("NaN-not-said", "the rank of a matrix with NaN is 0", "torch.where(finite, kept.sum(-1), -1)", "kept.sum(-1)"),
         ("random-beside-no-basis", "completed columns ignore the basis", "basis = Q + found if P is None else",
          "basis = Q + found if True else"),
-        ("random-once", "completed columns are projected once", "for _ in range(2):\n            w = w", "for _ in range(1):\n            w = w"),
         ("random-differentiated", "gradient flows through completed columns",
          "_completed(Q.detach(), None if P is None else P.detach(), kept)", "_completed(Q, P, kept)"),
         ("completion-repeats", "all columns of the completion are one", "torch.arange(r, device=device)[None, :],",
