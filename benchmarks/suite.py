@@ -55,7 +55,7 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     limit = 45 if short else 120  # seconds for the benchmarks of one operation, a step of its own
     quick, every = [], []
     for name, operation in OPERATIONS.items():
-        few = ["--points", ",".join(point.name for point in operation.cpu_points[:2])] if short else []
+        few = ["--points", ",".join(point.name for point in operation.cpu_points[:1])] if short else []
         own = [*run, "--op", name, *few, "--resume"]
         words = [str(folder / f"quick-{name}.json"), "--quick", "--limit", "40"]
         quick.append(Step(f"quick {name}", [*own, *words], limit=60, reserve=0 if short else 90))
