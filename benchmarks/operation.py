@@ -1,4 +1,4 @@
-"""What run.py must know of an operation to measure it."""
+"""What the commands must know of an operation to measure it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,48 @@ from roofline import Floor
 
 @dataclass(frozen=True)
 class Operation:
-    """``yardstick``: the contestant over whose time those of all are reported; ``ours``: those held to our own rules, and
-    compared with everybody; ``slow``: what a quick run leaves out. The functions are those of the operation's module."""
+    """Points have a ``name``, a ``dtype`` and whether they are ``quick``; builders make contestants, with ``forward()``
+    and ``backward(y)``, of a problem; a check gives a record of figures, or raises.
+
+    Attributes:
+        yardstick: the contestant over whose time those of all are reported; ``yardstick_label`` in words.
+        ours: contestants that are held to our own rules and compared with everybody.
+        bounds: contestants that do less than the operation: how much slower ours is than those is told, not where.
+        slow: contestants that a quick run leaves out.
+        memory_above: the contestant above whose peak memory others are reported; None: memory is reported whole.
+        note, note_heading: the last column of the table, of a row of the results.
+        counts, counted: whether being slower at a point counts, and what those points are called.
+    """
 
     name: str
-    yardstick: str
-    ours: tuple[str, ...]
     cpu_points: tuple[Any, ...]
     gpu_points: tuple[Any, ...]
-    builders: Mapping[str, Callable[..., Any]]
+    builders: Mapping[str, Callable[[Any], Any]]
+    yardstick: str
+    yardstick_label: str
+    ours: tuple[str, ...]
     make_problem: Callable[[Any, torch.device], Any]
     truths: Callable[[Any], Mapping[str, torch.Tensor]]
     check: Callable[[str, Any, Mapping[str, torch.Tensor]], Any]
-    why_not: Callable[[str, Any, torch.device], str | None]
-    floor: Callable[[Any, str], Floor]
-    slow: tuple[str, ...]
+    floor: Callable[[str, Any], Floor]
+    note: Callable[[Mapping[str, Any]], str]
+    note_heading: str
+    bounds: tuple[str, ...]
+    why_not: Callable[[str, Any, torch.device], str | None] = lambda name, point, device: None
+    slow: tuple[str, ...] = ()
+    memory_above: str | None = None
+    counts: Callable[[Mapping[str, Any]], bool] = lambda point: True
+    counted: str = ""
 
     def points(self, device: torch.device) -> tuple[Any, ...]:
-        """The named points of a device."""
+        """The named points of a device, most important first."""
         return self.gpu_points if device.type == "cuda" else self.cpu_points
+
+    @property
+    def memory_key(self) -> str:
+        """Where a row holds the bytes that are reported."""
+        return "peak_bytes" if self.memory_above is None else f"peak_above_{self.memory_above}_bytes"
+
+    @property
+    def memory_label(self) -> str:
+        return "peak" if self.memory_above is None else f"peak above {self.yardstick_label}"

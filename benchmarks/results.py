@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import environment  # noqa: F401
 import torch
+from operation import Operation
 
 import clora_kernels
 
@@ -73,6 +75,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or not {"stamp", "ceilings", "rows"} <= content.keys():
         raise ValueError(f"{path}: got a file of something else, expected results that benchmarks/run.py wrote")
+    for row in content["rows"]:
+        row.setdefault("operation", "routed_lora")  # once the only one
     return content
 
 
@@ -105,62 +109,76 @@ def flatten(row: Row, prefix: str = "") -> Row:
     return flat
 
 
-HEADER = (
-    f"{'':<14}{'forward':>10}{'backward':>10}{'both':>10}  {'time / frozen: fwd   bwd  both (p20-p80)':<42}"
-    f"{'of floor':>9}{'peak MiB':>10}{'alpha':>8}"
-)
+def header(operation: Operation) -> str:
+    """What the columns of :func:`table` are."""
+    ratio = f"time / {operation.yardstick}: fwd, bwd, both (p20-p80)"
+    times = f"{'':<14}{'forward':>10}{'backward':>10}{'both':>10}"
+    return f"{times}  {ratio:<42}{'of floor':>9}{'peak MiB':>10}{operation.note_heading:>9}"
 
 
-def table(rows: list[Row]) -> str:
-    """One line a contestant of a point: milliseconds, ratios to the frozen layer, part of the floor, memory, alpha."""
-    return "\n".join(_line(row) for row in rows)
+def table(rows: list[Row], operation: Operation) -> str:
+    """One line a contestant of a point: milliseconds, ratios to the yardstick, part of the floor, memory, the note."""
+    return "\n".join(_line(row, operation) for row in rows)
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, operation: Operation) -> str:
     if "skipped" in row:
         return f"{row['contestant']:<14}{row['skipped']}"
     ms = "".join(f"{row['seconds'][part]['median'] * 1e3:>10.3f}" for part in PARTS)
-    ratio = row["ratio_to"]["frozen"]
+    ratio = row["ratio_to"][operation.yardstick]
     spread = f"({ratio['both']['p20']:.3f}-{ratio['both']['p80']:.3f})"
     ratios = "".join(f"{ratio[part]['median']:>7.3f}" for part in PARTS)
-    alpha = "" if row["alpha"] is None else f"{row['alpha']:.3f}" + ("" if row["faithful"] else "!")
-    above = "" if row["peak_above_frozen_bytes"] is None else f"{row['peak_above_frozen_bytes'] / 2**20:.2f}"
+    peak = row[operation.memory_key]
+    memory = "" if peak is None else f"{peak / 2**20:.2f}"
     reached = f"{row['floor_reached']['both']:.2f}"
-    return f"{row['contestant']:<14}{ms}  {ratios + ' ' + spread:<42}{reached:>9}{above:>10}{alpha:>8}"
+    return f"{row['contestant']:<14}{ms}  {ratios + ' ' + spread:<42}{reached:>9}{memory:>10}{operation.note(row):>9}"
 
 
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def against(rows: list[Row], baseline: str, contestant: str = "ours") -> str:
+def against(rows: list[Row], operation: Operation, baseline: str, contestant: str = "ours") -> str:
     """Time and memory of a contestant over a baseline's at all points that have both: means, extremes, the slower."""
-    by_key = {(row["point"]["name"], row["contestant"]): row for row in rows if "skipped" not in row}
+    measured = [row for row in rows if row["operation"] == operation.name and "skipped" not in row]
+    by_key = {(row["point"]["name"], row["contestant"]): row for row in measured}
     names = [name for name, who in by_key if who == baseline and (name, contestant) in by_key]
     if not names:
         return f"{contestant} / {baseline}: no point has both"
     mine = {name: by_key[name, contestant] for name in names}
-    both = {name: row["ratio_to"][baseline]["both"] for name, row in mine.items()}
-    means = ", ".join(
-        f"{part} {geometric_mean([row['ratio_to'][baseline][part]['median'] for row in mine.values()]):.3f}"
-        for part in PARTS
-    )
-    memory = {
-        name: row["peak_above_frozen_bytes"] / theirs
-        for name, row in mine.items()
-        if (theirs := by_key[name, baseline]["peak_above_frozen_bytes"] or 0) > 0
-    }
-    slowest = max(both, key=lambda name: both[name]["median"])
+    ratios = {part: {name: row["ratio_to"][baseline][part] for name, row in mine.items()} for part in PARTS}
+    medians = {part: [ratio["median"] for ratio in of.values()] for part, of in ratios.items()}
+    means = ", ".join(f"{part} {_mean(values)}" for part, values in medians.items())
+    slowest = max(names, key=lambda name: ratios["both"][name]["median"])
     lines = [
         f"{contestant} / {baseline}, {len(names)} points: time, geometric mean: {means}; "
-        f"largest {both[slowest]['median']:.3f} ({slowest})"
+        f"largest {ratios['both'][slowest]['median']:.3f} ({slowest})"
     ]
-    slower = [f"{name} {ratio['median']:.3f}" for name, ratio in both.items() if ratio["p20"] > 1]
-    lines.append(f"  slower beyond the spread (20th percentile of the ratio above 1): {', '.join(slower) or 'nowhere'}")
+    counting = [name for name in names if operation.counts(mine[name]["point"])]
+    for part in () if baseline in operation.bounds else ("forward", "both"):
+        told = [_slower(ratios[part], counting, operation.counted)]
+        if others := [name for name in names if name not in counting]:
+            told.append(_slower(ratios[part], others, " others"))
+        lines.append(f"  slower, {part}, beyond the spread (20th percentile of the ratio above 1): {'; '.join(told)}")
+    memory = {
+        name: row[operation.memory_key] / theirs
+        for name, row in mine.items()
+        if (theirs := by_key[name, baseline][operation.memory_key] or 0) > 0
+    }
     if memory:
         worst = max(memory, key=memory.__getitem__)
         lines.append(
-            f"  peak memory above the frozen layer: geometric mean "
+            f"  memory, {operation.memory_label}: geometric mean "
             f"{geometric_mean([max(m, 1e-3) for m in memory.values()]):.3f}, largest {memory[worst]:.3f} ({worst})"
         )
     return "\n".join(lines)
+
+
+def _slower(ratios: Mapping[str, Row], names: list[str], what: str) -> str:
+    some = [f"{name} {ratios[name]['median']:.3f}" for name in names if ratios[name]["p20"] > 1]
+    return f"{len(some)} of {len(names)}{what}" + (f": {', '.join(some)}" if some else "")
+
+
+def _mean(ratios: list[float]) -> str:
+    mean = geometric_mean(ratios)
+    return f"{mean:.3f}" + (f" ({1 / mean:.2f}x faster)" if mean < 1 else "")

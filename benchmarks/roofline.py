@@ -1,13 +1,8 @@
-"""The least time routed LoRA can take: bytes, FLOPs and launches of each step under ceilings measured in the same run.
+"""The least time a computation can take: bytes and FLOPs of each step under ceilings measured in the same run.
 
 A step takes at least as long as its FLOPs at the rate of a large square matmul and as its bytes, each operand read once
-and each result written once, at the rate of a large copy:
-
-    forward    pack (A, C = s·R·B)    shrink x → p      linear x, W, p, C → y
-    backward   shrink dy → h          linear dy, W, h, A → dx     reduce dy → U     reduce x → dA     unpack U → dB, dR
-
-so the floor is the frozen matmul forward and for dx, plus one more read each of x, dy, x and dy. The frozen layer is
-the two linear steps alone. Operands that stay in a cache between steps can beat a floor where every step reads memory.
+and each result written once, at the rate of a large copy. What stays in a cache between steps can beat a floor whose
+every step reads memory.
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from points import Point
 
 from clora_kernels.kernels.cpu_matmul import matmul
 
@@ -62,45 +56,11 @@ class Floor:
         return {"forward": forward, "backward": backward, "both": forward + backward}
 
     def as_json(self) -> dict[str, dict[str, int]]:
-        parts = {"forward": self.forward, "backward": self.backward}
+        parts = {"forward": self.forward, "backward": self.backward, "both": self.forward + self.backward}
         return {
             name: {"flops": sum(s.flops for s in steps), "bytes": sum(s.bytes for s in steps), "launches": len(steps)}
             for name, steps in parts.items()
         }
-
-
-def routed_lora_floor(point: Point, adapter_bytes: int = 4) -> Floor:
-    """The steps of routed LoRA at a point, for adapter parameters of ``adapter_bytes`` bytes an element."""
-    M, K, N, r, e = point.M, point.K, point.N, point.r, point.dtype.itemsize
-    pack = Step("pack", 2 * r * r * N, (adapter_bytes + e) * r * (K + N))
-    unpack = Step("unpack", 4 * r * r * N, (4 + adapter_bytes) * r * N)
-    return Floor(
-        forward=(pack, _skinny("shrink", M, K, r, e, 4 * M * r), _linear(M, K, N, r, e)),
-        backward=(
-            _skinny("shrink", M, N, r, e, e * M * r),
-            _linear(M, N, K, r, e),
-            _skinny("reduce", M, N, r, e, 4 * r * N),
-            _skinny("reduce", M, K, r, e, adapter_bytes * r * K),
-            unpack,
-        ),
-    )
-
-
-def frozen_floor(point: Point) -> Floor:
-    """The steps of the frozen linear layer: y and dx."""
-    M, K, N, e = point.M, point.K, point.N, point.dtype.itemsize
-    return Floor(forward=(_linear(M, K, N, 0, e),), backward=(_linear(M, N, K, 0, e),))
-
-
-def _linear(M: int, inner: int, outer: int, r: int, e: int) -> Step:
-    operands = M * inner + inner * outer + r * (M + outer)
-    return Step("linear", 2 * M * outer * (inner + r), e * (operands + M * outer))
-
-
-def _skinny(name: str, M: int, columns: int, r: int, e: int, result_bytes: int) -> Step:
-    """A big operand [M, columns] against a small one of rank r, as shrink and reduce do."""
-    small = M * r if name == "reduce" else r * columns
-    return Step(name, 2 * M * columns * r, e * (M * columns + small) + result_bytes)
 
 
 def measure_ceilings(

@@ -1,14 +1,17 @@
-"""Measure routed LoRA against the frozen linear layer, PEFT and others, at named points.
+"""Measure operations against their yardsticks and others, at named points.
 
-    python benchmarks/run.py                       every point of the device at hand
-    python benchmarks/run.py --quick               the quick points, in 90 seconds
-    python benchmarks/run.py --points vit-q-bf16   some points (names: benchmarks/points.py)
+    python benchmarks/run.py                       every operation, every point of the device at hand
+    python benchmarks/run.py --op gram_schmidt     one operation
+    python benchmarks/run.py --quick               the quick points, in 90 seconds an operation
+    python benchmarks/run.py --points vit-q-bf16   some points (names: benchmarks/*/points.py)
     python benchmarks/run.py --resume FILE         go on where FILE was left
     python benchmarks/run.py --gpu-suite           build, test, measure and tune on a GPU in 9 minutes
     python benchmarks/run.py --gpu-suite --device cpu    the same command in short form, without a GPU
 
-A point is measured after its results were checked (benchmarks/checks.py). Results go to stdout and, after every point,
-to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them.
+A point is measured after its results were checked (benchmarks/*/checks.py). Results go to stdout and, after every
+point, to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them. Columns: milliseconds; time over the
+yardstick's, within each round; the part of the floor's time (roofline.py) that was reached; peak memory; and
+alpha (the share of the adapter in the output) or traffic (bytes a copy moves in the time, over those of two passes).
 """
 
 from __future__ import annotations
@@ -23,10 +26,9 @@ from typing import Any
 
 import results
 import torch
-from checks import Verdict, check, truths
-from contestants import BUILDERS, OURS, Contestant, make_problem, why_not
-from points import Point, chosen, points_of
-from roofline import Ceilings, frozen_floor, measure_ceilings, routed_lora_floor
+from operation import Operation
+from registry import CONTESTANTS, OPERATIONS, Selection, select
+from roofline import Ceilings, measure_ceilings
 
 from clora_kernels.testing import Spread, take_turns
 from clora_kernels.testing.timing import peak_bytes
@@ -35,94 +37,100 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def measure_point(
-    point: Point, names: list[str], device: torch.device, ceilings: Ceilings, seconds: float, clock: str
+    operation: Operation,
+    point: Any,
+    names: list[str],
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float,
+    clock: str,
 ) -> list[results.Row]:
     """A row for each contestant of a point; those that cannot take part, or failed their check, say why."""
     described = {**asdict(point), "dtype": str(point.dtype).removeprefix("torch.")}
-    problem = make_problem(point, device)
-    truth = truths(problem)
-    running: dict[str, Contestant] = {}
-    verdicts: dict[str, Verdict] = {}
+    yardstick = operation.yardstick
+    problem = operation.make_problem(point, device)
+    truth = operation.truths(problem)
+    running: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     rows: list[results.Row] = []
     for name in names:
-        reason = why_not(name, point, device)
+        reason = operation.why_not(name, point, device)
         if reason is None:
             try:
-                verdicts[name] = check(name, problem, truth)
-                running[name] = BUILDERS[name](problem, point.dropout_p)
+                verdicts[name] = operation.check(name, problem, truth)
+                running[name] = operation.builders[name](problem)
             except Exception as error:  # a contestant that fails is a finding of the run, not its end
-                if name in OURS or name == "frozen":
+                if name in operation.ours or name == yardstick:
                     raise
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason is not None:
-            rows.append({"point": described, "contestant": name, "skipped": reason})
+            rows.append({"operation": operation.name, "point": described, "contestant": name, "skipped": reason})
     del truth
     turns = {name: (c.forward, c.backward) for name, c in running.items()}
     rounds = take_turns(turns, device, seconds, clock=CLOCKS[clock])
     peaks = {name: peak_bytes(c.forward, c.backward, device) for name, c in running.items()}
     for name in running:
-        floor = frozen_floor(point) if name == "frozen" else routed_lora_floor(point)
-        floor_seconds = floor.seconds(ceilings, point.dtype)
-        yardsticks = list(running) if name in OURS else ["frozen"]
+        floor = operation.floor(name, point)
+        floor_seconds, moved = floor.seconds(ceilings, point.dtype), floor.as_json()
+        others = list(running) if name in operation.ours else [yardstick]
         spreads = {part: asdict(Spread.of(values)) for part, values in rounds[name].parts().items()}
         row = {
+            "operation": operation.name,
             "point": described,
             "contestant": name,
             "rounds": len(rounds[name].forward),
             "seconds": spreads,
             "ratio_to": {
                 other: {part: asdict(spread) for part, spread in rounds[name].ratios(rounds[other]).items()}
-                for other in yardsticks
-                if other != name or name == "frozen"
+                for other in others
+                if other != name or name == yardstick
             },
-            "floor": floor.as_json(),
+            "floor": moved,
             "floor_seconds": floor_seconds,
             "floor_reached": {part: floor_seconds[part] / spreads[part]["median"] for part in spreads},
+            "traffic": {
+                part: spreads[part]["median"] * ceilings.bytes_per_second / moved[part]["bytes"] for part in spreads
+            },
             "peak_bytes": peaks[name],
-            "peak_above_frozen_bytes": None if name == "frozen" else peaks[name] - peaks["frozen"],
             **asdict(verdicts[name]),
         }
+        if base := operation.memory_above:
+            row[operation.memory_key] = None if name == base else peaks[name] - peaks[base]
         rows.append(row)
     order = {name: i for i, name in enumerate(names)}
     return sorted(rows, key=lambda row: order[row["contestant"]])
 
 
-def run(arguments: argparse.Namespace, device: torch.device, points: list[Point]) -> int:
-    wanted = arguments.contestants.split(",") if arguments.contestants else default_contestants(arguments.quick)
-    names = list(dict.fromkeys(["frozen", *wanted]))  # what every other is compared with
+def run(arguments: argparse.Namespace, device: torch.device, selections: list[Selection]) -> int:
     path, content = opened(arguments, device)
     content["stamp"]["clock"] = "events" if device.type == "cuda" else arguments.clock
-    done = {row["point"]["name"] for row in content["rows"]}
-    dtypes = tuple(dict.fromkeys([torch.bfloat16, torch.float32, *(point.dtype for point in points)]))
-    ceilings = measure_ceilings(device, dtypes, CLOCKS[arguments.clock])
+    done = {(row["operation"], row["point"]["name"]) for row in content["rows"]}
+    dtypes = [torch.bfloat16, torch.float32, *(point.dtype for selection in selections for point in selection.points)]
+    ceilings = measure_ceilings(device, tuple(dict.fromkeys(dtypes)), CLOCKS[arguments.clock])
     content["ceilings"].append(ceilings.as_json())
     s = content["stamp"]
     print(f"{s['device']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}{'+' if s['dirty'] else ''}")
-    print(f"ceilings: {ceilings}\n\n{results.HEADER}")
+    print(f"ceilings: {ceilings}")
     deadline = time.monotonic() + arguments.limit if arguments.limit else float("inf")
-    for point in points:
-        if point.name in done:
-            continue
-        if time.monotonic() > deadline:
-            print(f"the time is up: {point.name} and what follows was not measured; --resume {path} goes on")
-            break
-        rows = measure_point(point, names, device, ceilings, arguments.seconds, arguments.clock)
-        content["rows"] += rows
-        results.save(path, content)
-        print(f"\n{point}\n{results.table(rows)}", flush=True)
-    print()
-    for contestant in OURS:
-        if contestant in names:
-            for baseline in names:
-                if baseline not in OURS:
-                    print(results.against(content["rows"], baseline, contestant))
+    for selection in selections:
+        operation, names = selection.operation, selection.contestants
+        print(f"\n{operation.name}, over {operation.yardstick_label}\n{results.header(operation)}")
+        for point in selection.points:
+            if (operation.name, point.name) in done:
+                continue
+            if time.monotonic() > deadline:
+                print(f"the time is up: {point.name} and what follows was not measured; --resume {path} goes on")
+                break
+            rows = measure_point(operation, point, names, device, ceilings, arguments.seconds, arguments.clock)
+            content["rows"] += rows
+            results.save(path, content)
+            print(f"\n{point}\n{results.table(rows, operation)}", flush=True)
+        print()
+        for contestant in filter(names.__contains__, operation.ours):
+            for baseline in (name for name in names if name not in operation.ours):
+                print(results.against(content["rows"], operation, baseline, contestant))
     print(f"\nsaved: {path} and {path.with_suffix('.csv').name}")
     return 0
-
-
-def default_contestants(quick: bool) -> list[str]:
-    """All of them, those that compile or are not installed saying so; a quick run leaves out what compiles."""
-    return [name for name in BUILDERS if not (quick and name == "peft_compiled")]
 
 
 def opened(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, dict[str, Any]]:
@@ -152,9 +160,10 @@ def opened(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, d
 def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--op", choices=OPERATIONS, help="one operation (default: all)")
     parser.add_argument("--quick", action="store_true", help="the quick points, with less time for each")
     parser.add_argument("--points", help="comma-separated names of points")
-    parser.add_argument("--contestants", help=f"comma-separated, frozen beside: {', '.join(BUILDERS)}")
+    parser.add_argument("--contestants", help=f"comma-separated, yardsticks beside: {', '.join(CONTESTANTS)}")
     parser.add_argument("--seconds", type=float, help="time to measure each point (default 6; quick 2)")
     parser.add_argument("--limit", type=float, help="seconds after which no further point is begun")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
@@ -173,9 +182,6 @@ def parser_of_arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of_arguments()
     arguments = parser.parse_args(argv)
-    unknown = [name for name in (arguments.contestants or "ours").split(",") if name not in BUILDERS]
-    if unknown:
-        parser.error(f"--contestants: got {', '.join(unknown)}, expected some of {', '.join(BUILDERS)}")
     if arguments.seconds is None:
         arguments.seconds = 2.0 if arguments.quick else 6.0
     try:
@@ -191,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         if (value := getattr(arguments, name)) is not None and not value > 0:
             parser.error(f"--{name}: got {value}, expected more than 0")
     try:
-        points = chosen(points_of(device), arguments.points, arguments.quick)
+        selections = select(device, arguments.op, arguments.points, arguments.contestants, arguments.quick)
     except ValueError as error:
         parser.error(f"--{error}")
     if arguments.threads:
@@ -201,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         from suite import run_suite
 
         return run_suite(device)
-    return run(arguments, device, points)
+    return run(arguments, device, selections)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from registry import OPERATIONS
 from results import ROOT, stamp
 
 WHOLE = {"cuda": 540.0, "cpu": 240.0}
+SHORT_TESTS = ("test_routed_lora_fused.py", "test_gram_schmidt_errors.py", "test_dropout_mask.py")
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,24 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     python, short = sys.executable, device.type == "cpu"
     run = [python, str(ROOT / "benchmarks" / "run.py"), "--device", device.type]
     tests = [python, "-m", "pytest", "-q", "--maxfail=20", *(["--failed-first"] if resumed else [])]
-    tests += ["tests/test_routed_lora_fused.py", "tests/test_dropout_mask.py"] if short else ["tests"]
-    limit = 90 if short else 240
-    quick = [*run, "--quick", "--resume", str(folder / "quick.json"), "--limit", "80"]
-    every = [*run, "--seconds", "2", "--resume", str(folder / "benchmarks.json"), "--limit", str(limit)]
-    few = ["--points", "vit-q-bf16,digits-q"] if short else []
+    tests += [f"tests/{name}" for name in SHORT_TESTS] if short else ["tests"]
+    limit = 45 if short else 120  # seconds for the benchmarks of one operation, a step of its own
+    quick, every = [], []
+    for name, operation in OPERATIONS.items():
+        few = ["--points", ",".join(point.name for point in operation.cpu_points[:1])] if short else []
+        own = [*run, "--op", name, *few, "--resume"]
+        words = [str(folder / f"quick-{name}.json"), "--quick", "--limit", "40"]
+        quick.append(Step(f"quick {name}", [*own, *words], limit=60, reserve=0 if short else 90))
+        words = [str(folder / f"benchmarks-{name}.json"), "--seconds", "2", "--limit", str(limit)]
+        every.append(Step(f"benchmarks {name}", [*own, *words], limit=limit + 20, reserve=0 if short else 60))
     tune = [*(["env", "TRITON_INTERPRET=1"] if short else []), python, "-m", "clora_kernels", "tune"]
     tune += ["--device", device.type, "--output", str(folder / "tables"), "--seconds", "20" if short else "150"]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], limit=180, reserve=60),
         Step("selftest", [python, "-m", "clora_kernels", "selftest"], limit=40),
-        Step("quick benchmarks", quick + few, limit=100, reserve=0 if short else 90),
+        *quick,
         Step("tests", tests, limit=60 if short else 180, reserve=20 if short else 120),
-        Step("benchmarks", every + few, limit=limit + 30, reserve=0 if short else 60),
+        *every,
         Step("tune", tune, limit=60 if short else 180),
     ]
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, compiled parts and backends, and why one is missing")
     test = commands.add_parser(
-        "selftest", help="parity, adapter fidelity and speed on this machine, in some 20 seconds"
+        "selftest", help="parity, fidelity, orthogonality and speed on this machine, in some 20 seconds"
     )
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     aot.add_arguments(

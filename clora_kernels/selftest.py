@@ -1,4 +1,5 @@
-"""Proof on the user's own device in seconds: parity with fp64, adapter fidelity, and time against the frozen linear."""
+"""Proof on the user's own device in seconds: parity with fp64, adapter fidelity, orthogonality, and time against the
+frozen linear and ``torch.linalg.qr``."""
 
 from __future__ import annotations
 
@@ -13,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd.gram_schmidt import gram_schmidt
 from .autograd.routed_lora import routed_lora_linear
-from .testing import assert_fidelity, assert_parity
+from .reference import gram_schmidt as gram_schmidt_reference
+from .testing import assert_fidelity, assert_orthonormal, assert_parity, hard_matrices, mixed_batch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDS = 7
+
+Run = Callable[[bool], None]  # forward, and backward if true
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Case:
 
 @dataclass(frozen=True)
 class SelftestReport:
-    """All cases; ``ratios`` are times of the layer over those of the frozen linear, by what was timed, None where the
-    time was up before."""
+    """All cases; ``ratios`` are times over those of what does the least, or the same in another way, by what was timed;
+    None where the time was up before."""
 
     device: str
     cases: list[Case]
@@ -46,15 +51,17 @@ class SelftestReport:
         lines = [f"device {self.device}"]
         lines += [f"{'ok  ' if case.ok else 'FAIL'} {case.name:<40} {case.detail}" for case in self.cases]
         for name, ratio in self.ratios.items():
-            told = "left out: the time was up" if ratio is None else f"{ratio:.3f}"
-            lines.append(f"time / frozen linear     {name:<24} {told}")
+            faster = f" ({1 / ratio:.2f} times faster)" if ratio and ratio < 1 else ""
+            told = "left out: the time was up" if ratio is None else f"{ratio:.3f}{faster}"
+            lines.append(f"time: {name:<64} {told}")
         failed = sum(not case.ok for case in self.cases)
         lines.append(f"{len(self.cases) - failed} passed, {failed} failed")
         return "\n".join(lines)
 
 
 def selftest(device: torch.device, seconds: float = 20.0) -> SelftestReport:
-    """Check routed LoRA on ``device`` in every 16- and 32-bit dtype, every option, and time it against F.linear.
+    """Check routed LoRA and Gram-Schmidt on ``device`` in every 16- and 32-bit dtype, and time them against F.linear
+    and ``torch.linalg.qr``.
 
     A failing check is a line of the report, not an exception; a time is taken of a right result only. Every check is
     made; no further round of timing begins once ``seconds`` have passed.
@@ -64,7 +71,8 @@ def selftest(device: torch.device, seconds: float = 20.0) -> SelftestReport:
     ratios: dict[str, float | None] = {}
     if all(case.ok for case in cases):
         for dtype in (torch.float32, torch.bfloat16):
-            ratios |= _time(dtype, device, deadline)
+            ratios |= _time(f"routed LoRA / frozen linear, {_short(dtype)}", _linears(dtype, device), device, deadline)
+        ratios |= _time("gram_schmidt / torch.linalg.qr, float32", _factorisations(device), device, deadline)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return SelftestReport(name, cases, ratios)
 
@@ -96,14 +104,23 @@ def _inputs(dtype: torch.dtype, device: torch.device, options: str, size: float)
     return inputs
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check(dtype: torch.dtype, device: torch.device) -> list[Case]:
-    short, cases = str(dtype).removeprefix("torch."), []
+    short, cases = _short(dtype), []
     for options in ("plain", "routing", "bank", "everything"):
         inputs = _inputs(dtype, device, options, size=0.3)
         dy = torch.randn(3, 67, 387, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         cases.append(_case(f"parity {short} {options}", partial(_parity, inputs, dy)))
     small = _inputs(dtype, device, "routing", size=1e-3)
-    return [*cases, _case(f"fidelity {short}, adapter 1e-3 of y", partial(_fidelity, small))]
+    return [
+        *cases,
+        _case(f"fidelity {short}, adapter 1e-3 of y", partial(_fidelity, small)),
+        _case(f"gram_schmidt {short}, hard matrices", partial(_orthogonality, dtype, device)),
+        _case(f"gram_schmidt {short}, gradients", partial(_gradients, dtype, device)),
+    ]
 
 
 def _fidelity(inputs: dict[str, Any]) -> str:
@@ -116,6 +133,43 @@ def _parity(inputs: dict[str, Any], dy: Tensor) -> str:
     return f"y and {len(deviations) - 1} gradients within {worst:.2f} of what rounding explains"
 
 
+def _orthogonality(dtype: torch.dtype, device: torch.device) -> str:
+    V, matrices = mixed_batch(hard_matrices(131, 12, dtype=dtype, device=device))
+    assert_orthonormal(gram_schmidt(V), V, ranks=[matrix.rank for matrix in matrices])
+    return f"{len(matrices)} matrices in one batch, each orthonormal, reconstructed and of the right rank"
+
+
+def _gradients(dtype: torch.dtype, device: torch.device) -> str:
+    """Of V and of a basis beside it: within twice the error of the formulas in the same dtype, and a spacing."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    V, dQ, P = normal(5, 131, 12).to(dtype), normal(5, 131, 12).to(dtype), torch.linalg.qr(normal(131, 7)).Q.float()
+    dR = normal(5, 12, 12).float().triu()
+    leaves = V.clone().requires_grad_(), P.clone().requires_grad_()
+    result = gram_schmidt(*leaves)
+    got = torch.autograd.grad(result[:2], leaves, (dQ, dR))
+    assert_orthonormal(result, V, P, ranks=[12] * 5)
+
+    def formulas(*tensors: Tensor) -> gram_schmidt_reference.Gradients:
+        dQ, dR, V, P = tensors
+        Q, R, _ = gram_schmidt_reference.forward(V, P)
+        return gram_schmidt_reference.backward(dQ, dR, V, P, Q, R)
+
+    plain, truth = formulas(dQ, dR, V, P), formulas(*(t.double() for t in (dQ, dR, V, P)))
+    shares = []
+    for name, mine, same, true in zip(truth._fields, got, plain, truth, strict=True):
+        assert same is not None and true is not None
+        error, of_same = (float((g.double() - true).norm()) for g in (mine, same))
+        bound = 2 * of_same + torch.finfo(mine.dtype).eps * float(true.norm())
+        if not error <= bound:
+            raise AssertionError(f"gradient of {name}: error {error:.3e}, expected at most {bound:.3e}")
+        shares.append(error / bound)
+    return f"those of V and against within {max(shares):.2f} of what rounding explains"
+
+
 def _case(name: str, check: Callable[[], str]) -> Case:
     try:
         return Case(name, True, check())
@@ -123,8 +177,8 @@ def _case(name: str, check: Callable[[], str]) -> Case:
         return Case(name, False, f"{type(error).__name__}: {error}")
 
 
-def _time(dtype: torch.dtype, device: torch.device, deadline: float) -> dict[str, float | None]:
-    """Median over rounds of the layer's time over the frozen linear's, both taken in turn within each round."""
+def _linears(dtype: torch.dtype, device: torch.device) -> tuple[Run, Run]:
+    """Routed LoRA as plain LoRA, and the frozen linear."""
     M, K, N, r = (8192, 4096, 4096, 16) if device.type == "cuda" else (1024, 1024, 1024, 16)
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(N, K, device=device, dtype=dtype) * K**-0.5
@@ -142,17 +196,36 @@ def _time(dtype: torch.dtype, device: torch.device, deadline: float) -> dict[str
         if backward:
             torch.autograd.grad(y, x, dy)
 
+    return ours, frozen
+
+
+def _factorisations(device: torch.device) -> tuple[Run, Run]:
+    """Gram-Schmidt and Householder's QR of the factors of a model."""
+    B, d, r = (64, 4096, 16) if device.type == "cuda" else (48, 768, 16)
+    V = torch.randn(B, d, r, device=device, requires_grad=True)
+    gradients = torch.randn(B, d, r, device=device), torch.randn(B, r, r, device=device).triu()
+
+    def run(factorise: Callable[[Tensor], Any], backward: bool) -> None:
+        Q, R = factorise(V)[:2]
+        if backward:
+            torch.autograd.grad((Q, R), V, gradients)
+
+    return partial(run, gram_schmidt), partial(run, torch.linalg.qr)
+
+
+def _time(name: str, runs: tuple[Run, Run], device: torch.device, deadline: float) -> dict[str, float | None]:
+    """Median over rounds of ours' time over the other's, both taken in turn within each round."""
+    ours, other = runs
     ratios: dict[str, float | None] = {}
-    for name, backward in (("forward", False), ("forward + backward", True)):
+    for part, backward in (("forward", False), ("forward + backward", True)):
         rounds: list[float] = []
         while len(rounds) <= _ROUNDS and time.monotonic() < deadline:
-            rounds.append(_seconds(ours, backward, device) / _seconds(frozen, backward, device))
-        short = str(dtype).removeprefix("torch.")
-        ratios[f"{short} {name}"] = statistics.median(rounds[1:]) if rounds[1:] else None  # the first warms up
+            rounds.append(_seconds(ours, backward, device) / _seconds(other, backward, device))
+        ratios[f"{name} {part}"] = statistics.median(rounds[1:]) if rounds[1:] else None  # the first warms up
     return ratios
 
 
-def _seconds(fn: Callable[[bool], None], backward: bool, device: torch.device) -> float:
+def _seconds(fn: Run, backward: bool, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

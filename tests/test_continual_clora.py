@@ -70,6 +70,50 @@ def test_loss_is_what_of_the_new_routing_lies_in_the_basis(basis: str, rank: int
     assert method.layers["first"].routing.grad.any() and not outside.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_full_basis_spans_what_the_old_routing_does(dtype: torch.dtype) -> None:
+    """Columns that repeat or add earlier ones count nothing, a short one counts whole, a layer without a routing has no
+    basis: loss and gradient are those of the singular vectors, whose span is the same."""
+    method = CLoRA(Net().to(dtype), TARGETS, r=4, basis="full")
+    method.begin_task()
+    method.end_task()
+    first = method.layers["first"].frozen_routing
+    first.copy_(torch.randn(4, 4, dtype=dtype))
+    first[:, 1] = -2 * first[:, 0]
+    first[:, 2] *= 1e-3
+    first[:, 3] = first[:, 0] + 500 * first[:, 2]
+    method.begin_task()
+    for layer in method.layers.values():
+        torch.nn.init.normal_(layer.routing)
+    basis = method.kept["basis"]
+    assert basis.shape == (2, 4, 4) and basis.dtype == dtype and not basis[1].any()
+    assert basis[0].any(0).tolist() == [True, True, False, False]
+    left = torch.linalg.qr(first[:, [0, 2]].double()).Q
+    span = (left @ left.mT).to(dtype)
+    torch.testing.assert_close(basis[0] @ basis[0].mT, span)
+    R = method.layers["first"].routing
+    (loss,) = method.extra_losses().values()
+    torch.testing.assert_close(loss, (left.mT.to(dtype) @ R).square().sum())
+    loss.backward()
+    torch.testing.assert_close(R.grad, 2 * span @ R.detach())
+    assert not method.layers["second"].routing.grad.any()
+
+
+def test_a_full_basis_is_all_there_is_where_the_old_routing_has_full_rank() -> None:
+    """Then the loss is ‖R_δ‖², whatever the scale of the old routing."""
+    for scale in (1e-20, 1.0, 1e15):
+        method = clora(basis="full")
+        method.begin_task()
+        method.end_task()
+        for layer in method.layers.values():
+            layer.frozen_routing.copy_(scale * torch.randn(4, 4))
+        method.begin_task()
+        for layer in method.layers.values():
+            torch.nn.init.normal_(layer.routing)
+        (loss,) = method.extra_losses().values()
+        torch.testing.assert_close(loss, sum(R.square().sum() for R in method.routings()))
+
+
 def test_no_weight_no_loss() -> None:
     method = clora(orthogonality=0.0)
     learn(method, 1)

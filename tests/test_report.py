@@ -14,7 +14,7 @@ from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
 from clora_kernels.__main__ import main
 from clora_kernels.dispatch import routed_lora as routed_lora_dispatch
 from clora_kernels.dispatch.choice import BACKENDS
-from clora_kernels.selftest import Case, selftest
+from clora_kernels.selftest import Case, SelftestReport, _check, selftest
 from clora_kernels.testing import dispatched
 
 X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
@@ -121,12 +121,31 @@ def test_explain_a_merged_layer():
 def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = selftest(device, seconds=300)
-    assert report.ok and len(report.cases) == 15 and len(report.ratios) == 4, str(report)
+    assert report.ok and len(report.cases) == 21 and len(report.ratios) == 6, str(report)
     assert all(ratio > 0 for ratio in report.ratios.values())
     right = ck.routed_lora_linear
     monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
     wrong = selftest(device)
-    assert not any(case.ok for case in wrong.cases) and not wrong.ratios and "15 failed" in str(wrong)
+    assert [case.ok for case in wrong.cases] == 3 * ([False] * 5 + [True] * 2) and not wrong.ratios
+    assert "15 failed" in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "failing"),
+    [
+        (lambda Q, R, rank: (Q * 1.01, R / 1.01, rank), ["hard matrices", "gradients"]),
+        (lambda Q, R, rank: (Q, R, rank + 1), ["hard matrices", "gradients"]),
+        (lambda Q, R, rank: (Q.detach() + 1.02 * (Q - Q.detach()), R, rank), ["gradients"]),
+    ],
+)
+def test_selftest_fails_when_gram_schmidt_is_wrong(wrong, failing, monkeypatch):
+    """A Q that is too long, another rank, a gradient that is 2 % too large."""
+    right = ck.gram_schmidt
+    monkeypatch.setattr("clora_kernels.selftest.gram_schmidt", lambda *a: ck.GramSchmidtResult(*wrong(*right(*a))))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cases = {case.name.split(", ")[1]: case for case in _check(dtype, torch.device("cpu")) if "gram" in case.name}
+        assert [name for name, case in cases.items() if not case.ok] == failing
+        assert all("AssertionError" in cases[name].detail for name in failing)
 
 
 def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch):
@@ -141,8 +160,9 @@ def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch
     monkeypatch.setattr("clora_kernels.selftest.time", SimpleNamespace(monotonic=lambda: clock[0]))
     report = selftest(torch.device("cpu"), seconds=2 * 8 + 5)
     assert len(report.cases) == 3 and clock[0] == 22, "a round is two measurements, the eleventh the last to begin"
-    assert list(report.ratios.values()) == [1.0, 1.0, None, None]
-    assert str(report).count("left out: the time was up") == 2
+    assert list(report.ratios.values()) == [1.0, 1.0, None, None, None, None]
+    assert str(report).count("left out: the time was up") == 4
+    assert str(SelftestReport("cpu", [], {"a / b": 0.4})).count("0.400 (2.50 times faster)") == 1
 
 
 def test_why_triton_is_not_there(monkeypatch):

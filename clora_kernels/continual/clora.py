@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..autograd.gram_schmidt import orthonormal_basis
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
 from .lora import RoutedLoRAMethod
@@ -41,7 +42,8 @@ class CLoRA(RoutedLoRAMethod):
         model, targets, **layer: as in :class:`RoutedLoRAMethod`: r, scaling, dropout_p and backend of the layers.
         orthogonality: λ.
         basis: Q_old: "leading", the leading left singular vectors of R_old that hold ``energy`` of its squared norm;
-            "full", all of them that R_old has; "raw", R_old itself.
+            "full", an orthonormal basis of R_old's column space, as :func:`clora_kernels.orthonormal_basis` makes it (a
+            column counts where it is independent of those before it, however short it is); "raw", R_old itself.
         energy: see ``basis``.
         train_factors: "always", or "first_task": A and B stay as the first task leaves them, later tasks train R_δ.
 
@@ -129,14 +131,20 @@ class CLoRA(RoutedLoRAMethod):
         old = _stacked(self.old_routings())
         if not old.any():
             return
-        energy = 1.0 if self.basis == "full" else self.energy
-        self.kept["basis"] = old if self.basis == "raw" else leading_left_singular_vectors(old, energy)
+        self.kept["basis"] = self._basis_of(old)
         for name, layer in self.routed():
             A, B, _, _ = layer.adapter_tensors()
             self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"] = (
                 A.detach().clone(),
                 B.detach().clone(),
             )
+
+    def _basis_of(self, old: Tensor) -> Tensor:
+        if self.basis == "raw":
+            return old
+        if self.basis == "full":
+            return orthonormal_basis(old).Q
+        return leading_left_singular_vectors(old, self.energy)
 
     def extra_losses(self) -> dict[str, Tensor]:
         """λ·Σ_layers ‖Q_oldᵀ·R_δ‖²_F; none in the first task."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import environment  # noqa: F401
 import torch
 import torch.nn.functional as F
-from points import Point
 from torch import Tensor, nn
 
 from clora_kernels import routed_lora_linear
+
+from .points import Point
 
 SCALING = 2.0
 ADAPTER_SIZE = 1e-3  # |adapter| over |x·W|: where rounding twice in 16 bit loses half of an adapter
@@ -43,6 +43,9 @@ class Problem:
         """Arguments of ``routed_lora_linear`` for plain LoRA, dropout left out."""
         named = {k: getattr(self, k) for k in ("x", "weight", "lora_A", "lora_B", "bias")}
         return {**named, "scaling": SCALING}
+
+    def without_dropout(self) -> Problem:
+        return replace(self, point=replace(self.point, dropout_p=0.0))
 
 
 def make_problem(point: Point, device: torch.device, seed: int = 0) -> Problem:
@@ -86,28 +89,30 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_()
 
 
-def frozen(problem: Problem, dropout_p: float) -> Contestant:
+def frozen(problem: Problem) -> Contestant:
     """The yardstick: the layer without an adapter."""
     return Contestant(lambda x: F.linear(x, problem.weight, problem.bias), (_leaf(problem.x),), problem.dy)
 
 
-def ours(problem: Problem, dropout_p: float) -> Contestant:
+def ours(problem: Problem) -> Contestant:
     """``routed_lora_linear`` as plain LoRA, which is what the others compute."""
     x, A, B = map(_leaf, (problem.x, problem.lora_A, problem.lora_B))
+    p = problem.point.dropout_p
 
     def run(x: Tensor) -> Tensor:
-        return routed_lora_linear(x, problem.weight, A, B, bias=problem.bias, scaling=SCALING, dropout_p=dropout_p)
+        return routed_lora_linear(x, problem.weight, A, B, bias=problem.bias, scaling=SCALING, dropout_p=p)
 
     return Contestant(run, (x, A, B), problem.dy)
 
 
-def ours_clora(problem: Problem, dropout_p: float) -> Contestant:
+def ours_clora(problem: Problem) -> Contestant:
     """``routed_lora_linear`` as C-LoRA: a live and a frozen routing, and the gradient of the live one."""
     x, A, B, R = map(_leaf, (problem.x, problem.lora_A, problem.lora_B, problem.routing))
     options = {"bias": problem.bias, "frozen_routing": problem.frozen_routing, "scaling": SCALING}
+    options["dropout_p"] = problem.point.dropout_p
 
     def run(x: Tensor) -> Tensor:
-        return routed_lora_linear(x, problem.weight, A, B, R, dropout_p=dropout_p, **options)
+        return routed_lora_linear(x, problem.weight, A, B, R, **options)
 
     return Contestant(run, (x, A, B, R), problem.dy)
 
@@ -141,16 +146,15 @@ class _AddmmChain(torch.autograd.Function):
         return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None
 
 
-def addmm_chain(problem: Problem, dropout_p: float) -> Contestant:
+def addmm_chain(problem: Problem) -> Contestant:
     """A hand-written Function around two addmm_."""
     x, A, B = map(_leaf, (problem.x, problem.lora_A, problem.lora_B))
-    run = lambda x: _AddmmChain.apply(x, problem.weight, problem.bias, A, B, dropout_p)  # noqa: E731
+    p = problem.point.dropout_p
+    run = lambda x: _AddmmChain.apply(x, problem.weight, problem.bias, A, B, p)  # noqa: E731
     return Contestant(run, (x, A, B), problem.dy)
 
 
-def _peft_layer(
-    problem: Problem, dropout_p: float, autocast_adapter_dtype: bool
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _peft_layer(problem: Problem, autocast_adapter_dtype: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -161,7 +165,7 @@ def _peft_layer(
     if problem.bias is not None:
         base.bias = nn.Parameter(problem.bias, requires_grad=False)
     r = problem.point.r
-    config = LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=dropout_p)
+    config = LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=problem.point.dropout_p)
     layer = Linear(base, "default", config, r=r, lora_alpha=config.lora_alpha)
     cast_adapter_dtype(layer, "default", autocast_adapter_dtype=autocast_adapter_dtype)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -171,26 +175,26 @@ def _peft_layer(
     return layer.train(), (_leaf(problem.x), A, B)
 
 
-def peft(problem: Problem, dropout_p: float) -> Contestant:
+def peft(problem: Problem) -> Contestant:
     """PEFT's LoRA layer as ``get_peft_model`` leaves it: adapters in fp32, so that a 16-bit x is cast up."""
-    layer, leaves = _peft_layer(problem, dropout_p, autocast_adapter_dtype=True)
+    layer, leaves = _peft_layer(problem, autocast_adapter_dtype=True)
     return Contestant(layer, leaves, problem.dy)
 
 
-def peft_16bit(problem: Problem, dropout_p: float) -> Contestant:
+def peft_16bit(problem: Problem) -> Contestant:
     """PEFT's LoRA layer with ``autocast_adapter_dtype=False``: adapters in x.dtype."""
-    layer, leaves = _peft_layer(problem, dropout_p, autocast_adapter_dtype=False)
+    layer, leaves = _peft_layer(problem, autocast_adapter_dtype=False)
     return Contestant(layer, leaves, problem.dy)
 
 
-def peft_compiled(problem: Problem, dropout_p: float) -> Contestant:
+def peft_compiled(problem: Problem) -> Contestant:
     """PEFT's LoRA layer with ``autocast_adapter_dtype=False``, adapters in x.dtype, under ``torch.compile``."""
     torch._dynamo.reset()
-    layer, leaves = _peft_layer(problem, dropout_p, autocast_adapter_dtype=False)
+    layer, leaves = _peft_layer(problem, autocast_adapter_dtype=False)
     return Contestant(torch.compile(layer, dynamic=False), leaves, problem.dy)
 
 
-def unsloth(problem: Problem, dropout_p: float) -> Contestant:
+def unsloth(problem: Problem) -> Contestant:
     """Unsloth's ``LoRA_W``, which takes x of three dimensions and no bias."""
     from unsloth.kernels.fast_lora import LoRA_W
 
@@ -199,19 +203,19 @@ def unsloth(problem: Problem, dropout_p: float) -> Contestant:
     return Contestant(run, (x, A, B), problem.dy)
 
 
-def lorafusion(problem: Problem, dropout_p: float) -> Contestant:
+def lorafusion(problem: Problem) -> Contestant:
     """LoRAFusion's ``fused_linear_lora``, which takes x of three dimensions and adapters in x.dtype."""
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
     dtype = problem.x.dtype
     x, A, B = map(_leaf, (problem.x, problem.lora_A.to(dtype), problem.lora_B.to(dtype)))
     run = lambda x: fused_linear_lora(  # noqa: E731
-        x[None], problem.weight, A, B, SCALING, dropout_p=dropout_p, linear_bias=problem.bias
+        x[None], problem.weight, A, B, SCALING, dropout_p=problem.point.dropout_p, linear_bias=problem.bias
     )[0]
     return Contestant(run, (x, A, B), problem.dy)
 
 
-Builder = Callable[[Problem, float], Contestant]
+Builder = Callable[[Problem], Contestant]
 YARDSTICK, OURS = {"frozen": frozen}, {"ours": ours, "ours_clora": ours_clora}
 BASELINES: dict[str, Builder] = {
     "peft": peft,

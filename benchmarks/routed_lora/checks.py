@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contestants import BUILDERS, OURS, YARDSTICK, Problem
 from torch import Tensor
 
 from clora_kernels import routed_lora_linear
 from clora_kernels.reference import routed_lora as reference
 from clora_kernels.testing import adapter_fidelity, assert_parity
+
+from .contestants import BUILDERS, OURS, YARDSTICK, Problem
 
 # Relative Frobenius error beyond which a result is wrong: every chain of roundings in use stays a decade below.
 WRONG = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -58,7 +59,7 @@ def _check_ours(name: str, problem: Problem) -> Verdict:
 
 
 def _check_other(name: str, problem: Problem, truth: Mapping[str, Tensor]) -> Verdict:
-    contestant = BUILDERS[name](problem, 0.0)
+    contestant = BUILDERS[name](problem.without_dropout())
     y = contestant.forward()
     results = dict(zip(("x", "lora_A", "lora_B"), contestant.backward(y), strict=True)) | {"y": y.detach()}
     errors = {k: ((t.double() - truth[k]).norm() / truth[k].norm()).item() for k, t in results.items()}

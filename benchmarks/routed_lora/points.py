@@ -103,22 +103,3 @@ CPU_POINTS = (
     Point("l3-8b-k-bf16-m333", 333, 4096, 1024, 16, BF16),
     Point("l3-8b-q-bf16-m333", 333, 4096, 4096, 16, BF16),
 )
-
-
-def points_of(device: torch.device) -> tuple[Point, ...]:
-    """The named points of a device."""
-    return GPU_POINTS if device.type == "cuda" else CPU_POINTS
-
-
-def chosen(points: tuple[Point, ...], names: str | None, quick: bool) -> list[Point]:
-    """Those of ``points`` whose name is in the comma-separated ``names``, else the quick ones or all.
-
-    Raises ValueError for a name that is not among them, and for no name at all.
-    """
-    if names is None:
-        return [point for point in points if point.quick or not quick]
-    by_name = {point.name: point for point in points}
-    for name in names.split(","):
-        if name not in by_name:
-            raise ValueError(f"points: got {name!r}, expected some of {', '.join(by_name)}")
-    return [by_name[name] for name in names.split(",")]

@@ -1,0 +1,65 @@
+"""The operations that are measured, and what of them a command line asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gram_schmidt
+import routed_lora
+import torch
+from operation import Operation
+
+OPERATIONS = {operation.name: operation for operation in (routed_lora.OPERATION, gram_schmidt.OPERATION)}
+CONTESTANTS = list(dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.builders))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Points and contestants of an operation, its yardstick first."""
+
+    operation: Operation
+    points: list[Any]
+    contestants: list[str]
+
+
+def select(
+    device: torch.device,
+    op: str | None = None,
+    points: str | None = None,
+    contestants: str | None = None,
+    quick: bool = False,
+) -> list[Selection]:
+    """What is to be measured: of one operation or of all, the points and contestants of comma-separated names; without
+    names all of them, or the quick ones. An operation that has none of the named is left out.
+
+    Raises ValueError for a name that is not among them, and where no operation is left.
+    """
+    operations = list(OPERATIONS.values()) if op is None else [OPERATIONS[op]]
+    wanted_points = _names("points", points, (p.name for o in operations for p in o.points(device)))
+    wanted = _names("contestants", contestants, (name for o in operations for name in o.builders))
+    selections = []
+    for operation in operations:
+        by_name = {point.name: point for point in operation.points(device)}
+        if wanted_points is None:
+            some = [point for point in by_name.values() if point.quick or not quick]
+        else:
+            some = [by_name[name] for name in wanted_points if name in by_name]
+        if wanted is None:
+            who = [name for name in operation.builders if not (quick and name in operation.slow)]
+        else:
+            who = [name for name in wanted if name in operation.builders]
+        if some and who:
+            selections.append(Selection(operation, some, list(dict.fromkeys([operation.yardstick, *who]))))
+    if not selections:
+        raise ValueError(f"contestants: got {contestants!r}, none of the operation that has the points {points!r}")
+    return selections
+
+
+def _names(what: str, names: str | None, known: Iterable[str]) -> list[str] | None:
+    wanted, listed = None if names is None else names.split(","), list(dict.fromkeys(known))
+    for name in wanted or ():
+        if name not in listed:
+            raise ValueError(f"{what}: got {name!r}, expected some of {', '.join(listed)}")
+    return wanted
