@@ -179,7 +179,6 @@ _AUTOGRAD = mutants_of(
     "gs-autograd",
     ("tests/test_gram_schmidt_transforms.py", *_CALLS),
     [
-        ("rank-differentiable", "rank is said to be differentiable", "    ctx.mark_non_differentiable(*output[2 * n :])\n", ""),
         ("all-saved", "rank is saved too", "ctx.save_for_backward(*tensors, *output[: 2 * n])", "ctx.save_for_backward(*tensors, *output)"),
         ("nothing-used", "backward runs where no output was used", "    if all(g is None for g in grads[: 2 * n]):\n        return [None] * len(needs)\n", ""),
         ("twice-silently", "a second differentiation gives nothing, and says nothing", "    if torch.is_grad_enabled():\n", "    if False:\n"),
@@ -199,7 +198,7 @@ _AUTOGRAD = mutants_of(
         ("bases-uncounted", "a list of bases of another length is taken", "        if len(bases) != len(Vs):\n", "        if False:\n"),
         ("basis-unchecked", "a basis is not checked", '    check_basis("against", against, V, "V")\n', ""),
         ("raise-without-operator", 'deficient="raise" is silent on the reference', '    if deficient == "raise":\n        check_rank(results)\n    return results', "    return results"),
-        ("tolerance-unchecked", "any tolerance is taken", "    check_rank_tol(rank_tol, Vs[0].dtype)\n", ""),
+        ("tolerance-unchecked", "any tolerance is taken", "check_rank_tol(rank_tol, Vs[0].dtype)", "rank_tol = rank_tol * 1"),
         ("backend-ignored", "the backend that was named is not taken", "chosen = backend if compiling else choose(Vs[0], backend).backend", 'chosen = backend if compiling else choose(Vs[0], "auto").backend'),
     ],
 ) + mutants_of(
