@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                       every operation, every point of the device at hand
     python benchmarks/run.py --op gram_schmidt     one operation
-    python benchmarks/run.py --quick               the quick points, in 90 seconds an operation
+    python benchmarks/run.py --quick               the quick points, in 90 seconds
     python benchmarks/run.py --points vit-q-bf16   some points (names: benchmarks/*/points.py)
     python benchmarks/run.py --resume FILE         go on where FILE was left
     python benchmarks/run.py --gpu-suite           build, test, measure and tune on a GPU in 9 minutes

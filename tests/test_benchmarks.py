@@ -252,10 +252,17 @@ def test_results_from_before_there_were_operations_are_read_and_drawn(benchmarks
 
 
 @pytest.mark.parametrize(
-    "wrong, said", [("V", "V is off by"), ("Q", "beyond the gates"), ("orthogonality", "beyond the gates")]
+    "wrong, of_ours, of_others",
+    [
+        ("V", "V is off by", "V is off by"),
+        ("Q", "beyond the gates", "Q is off by"),
+        ("orthogonality", "beyond the gates", "Q is off by"),
+        ("sign", "beyond the gates", None),
+    ],
 )
-def test_nobody_is_timed_with_a_wrong_result(benchmarks, wrong, said, monkeypatch):
-    """A gradient that is a thousandth off, Q of another matrix, Q that is not orthonormal."""
+def test_nobody_is_timed_with_a_wrong_result(benchmarks, wrong, of_ours, of_others, monkeypatch):
+    """A gradient that is a thousandth off, Q of another matrix, Q that is not orthonormal; R with a negative diagonal,
+    which others may have."""
     gram_schmidt, checks = benchmarks("gram_schmidt"), benchmarks("gram_schmidt.checks")
     point = next(p for p in gram_schmidt.CPU_POINTS if p.name == "vit-r16-k48-b48")
     problem = gram_schmidt.make_problem(dataclasses.replace(point, B=2), torch.device("cpu"))
@@ -269,9 +276,10 @@ def test_nobody_is_timed_with_a_wrong_result(benchmarks, wrong, said, monkeypatc
             return dataclasses.replace(contestant, gradients=tuple(1.001 * g for g in contestant.gradients))
         if wrong == "Q":
             return dataclasses.replace(contestant, run=lambda V: contestant.run(V.flip(0)))
-        return dataclasses.replace(contestant, run=lambda V: tuple(1.001 * t for t in contestant.run(V)))
+        factor = -1 if wrong == "sign" else 1.001
+        return dataclasses.replace(contestant, run=lambda V: tuple(factor * t for t in contestant.run(V)))
 
-    for name, message in (("ours", said), ("qr", "is off by")):
+    for name, message in (("ours", of_ours), ("qr", of_others)):
         monkeypatch.setitem(checks.BUILDERS, name, broken)
-        with pytest.raises(AssertionError, match=message):
+        with pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext():
             checks.check(name, problem, truth)

@@ -69,6 +69,15 @@ def test_what_is_wrong_does_not(dependent, message, name, place, by):
     assert message in str(found) or getattr(found, message, 0) > 1
 
 
+def test_what_is_not_orthogonal_does_not_pass_for_being_a_reconstruction():
+    V, P, result = sound()
+    slanted = torch.eye(RANK, dtype=torch.float64)
+    slanted[0, 3] = 1e-4
+    Q, R = result.Q.double() @ slanted, torch.linalg.inv(slanted) @ result.R.double()
+    found = orthogonality(result._replace(Q=Q.float(), R=R.float()), V, P)
+    assert found.orthogonality > 1 > max(found.reconstruction, found.leakage) and not found.ok
+
+
 def test_what_leaks_does_not_pass():
     V, P, result = sound()
     leaking = result.Q.double() + 1e-5 * P @ torch.randn(K, RANK, dtype=torch.float64)
