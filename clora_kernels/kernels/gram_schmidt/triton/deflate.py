@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ....reference.gram_schmidt import GramSchmidtResult
-from ...routed_lora.triton.common import load_tile, on_device_of, programs, rounded, store_tile
+from ...routed_lora.triton.forms import form
+from ...routed_lora.triton.common import load_tile, on_device_of, programs, store_tile
 from ..algebra import Columns
 
 BLOCK_D, BLOCK_C = 128, 16
@@ -186,5 +187,20 @@ def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidt
     with on_device_of(V):
         deflate_kernel[(slots,)](
             V, V.stride(), P, None if P is None else P.stride(), W, Q, Q.stride(), R, rank, hard, rank_tol, B, d, k, r,
-            room, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, num_warps=4, num_stages=1,
+            room, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, num_warps=8, num_stages=1,
         )  # fmt: skip
+
+
+def _form(dtype: str, basis: bool):
+    """A launch of ``deflate_kernel``."""
+    strides = ("i32", "i32", 1)
+    arguments = {
+        "V_ptr": f"*{dtype}", "V_strides": strides, "P_ptr": "*fp32" if basis else None,
+        "P_strides": strides if basis else None, "W_ptr": "*fp64", "Q_ptr": f"*{dtype}", "Q_strides": strides,
+        "R_ptr": "*fp32", "rank_ptr": "*i32", "hard_ptr": "*i1", "rank_tol": "fp32", "batch": "i32", "d": "i32",
+        "k": "i32", "r": "i32", "room": "i32", "BLOCK_D": BLOCK_D, "BLOCK_C": BLOCK_C,
+    }  # fmt: skip
+    return form(deflate_kernel, arguments, num_warps=8, num_stages=1)
+
+
+COMPILATIONS = [_form(dtype, basis) for dtype in ("fp32", "bf16", "fp16") for basis in (False, True)]

@@ -10,12 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...declared import Expects
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
+from ...routed_lora.triton.forms import form
 
 ROWS = 64  # of a product on the matrix units, whose fp32 sums are short
 SPLIT_ROWS = 1024  # of one program; fixed, so that a matrix' bits do not depend on its batch
 MOST_COLUMNS = 64  # of a tile
 TERMS = 4
+
+
+def warps_of(columns: int) -> int:
+    """The warps of a program whose tile has so many columns: more registers than it has would spill."""
+    return 8 if columns > 32 else 4
+
+
+def rows_of(alike: bool, columns: int) -> int:
+    """The rows of one product; operands of two dtypes are widened in registers, which then hold fewer."""
+    return ROWS if alike or columns <= 32 else ROWS // 2
 
 
 def block_of(columns: int) -> int:
@@ -78,12 +90,14 @@ def inner(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32, only:
     (B, d, m), n = left.shape, right.shape[2]
     out = torch.empty((B, m, n), dtype=dtype, device=left.device)
     splits, block_m, block_n = max(triton.cdiv(d, SPLIT_ROWS), 1), block_of(m), block_of(n)
+    rows = rows_of(left.dtype == right.dtype, max(block_m, block_n))
     parts = torch.empty((splits, B, m, n), dtype=torch.float64, device=left.device)
     if out.numel():
         with on_device_of(left):
             inner_kernel[(B * splits, triton.cdiv(m, block_m) * triton.cdiv(n, block_n))](
                 left, left.stride(), right, right.stride(), parts, only, d, m, n, B, splits,
-                SPLIT=SPLIT_ROWS, BLOCK_D=ROWS, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=2,
+                SPLIT=SPLIT_ROWS, BLOCK_D=rows, BLOCK_M=block_m, BLOCK_N=block_n,
+                num_warps=warps_of(max(block_m, block_n)), num_stages=2,
             )  # fmt: skip
             inner_sums_kernel[(triton.cdiv(out.numel(), 1024),)](parts, splits, out, out.numel(), BLOCK=1024)
     return out
@@ -91,7 +105,7 @@ def inner(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32, only:
 
 @triton.jit(do_not_specialize=["d"])
 def combine_kernel(
-    tall_ptrs, tall_strides, small_ptrs, counts, out_ptr, out_strides, only_ptr, d, n, blocks_d,
+    tall_ptrs, strides_tb, strides_td, strides_tc, small_ptrs, counts, out_ptr, out_strides, only_ptr, d, n, blocks_d,
     TERMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of rows of each matrix, axis 1: blocks of its columns. Tuples hold one entry a term."""
@@ -104,12 +118,12 @@ def combine_kernel(
     mask_d, mask_n = offs_d < d, offs_n < n
     acc = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     for j in tl.static_range(TERMS):
-        tall_ptr = tall_ptrs[j] + b * tall_strides[j][0]
+        tall_ptr = tall_ptrs[j] + b * strides_tb[j]
         small_ptr = small_ptrs[j] + b * counts[j] * n
         for k in range(0, counts[j], BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < counts[j]
-            tall = load_tile(tall_ptr, tall_strides[j][1], tall_strides[j][2], offs_d, offs_k, mask_d, mask_k)
+            tall = load_tile(tall_ptr, strides_td[j], strides_tc[j], offs_d, offs_k, mask_d, mask_k)
             small = load_tile(small_ptr, n, 1, offs_k, offs_n, mask_k, mask_n)
             acc = dot(widened(tall), small, acc, "ieee")
     store_tile(out_ptr + b * out_strides[0], out_strides[1], out_strides[2], offs_d, offs_n, mask_d, mask_n, acc)
@@ -124,9 +138,10 @@ def combine_into(out: Tensor, terms: Sequence[tuple[Tensor, Tensor]], only: Tens
     if out.numel():
         with on_device_of(out):
             combine_kernel[(B * blocks_d, triton.cdiv(n, block_n))](
-                talls, tuple(t.stride() for t in talls), tuple(t.contiguous() for t in smalls),
+                talls, *zip(*(t.stride() for t in talls), strict=True), tuple(t.contiguous() for t in smalls),
                 tuple(t.shape[2] for t in talls), out, out.stride(), only, d, n, blocks_d,
-                TERMS=len(terms), BLOCK_D=ROWS, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=2,
+                TERMS=len(terms), BLOCK_D=ROWS, BLOCK_N=block_n, BLOCK_K=block_k,
+                num_warps=warps_of(block_n), num_stages=2,
             )  # fmt: skip
 
 
@@ -136,3 +151,67 @@ def combine(terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tenso
     out = torch.empty((*tall.shape[:2], small.shape[2]), dtype=dtype, device=tall.device)
     combine_into(out, terms)
     return out
+
+
+def _inner_form(left: str, right: str, columns: int, only: bool):
+    """A launch of ``inner_kernel``; 16-bit tiles of fewer than 64 rows and fp32 need no warp-group instructions."""
+    arguments = {
+        "left_ptr": f"*{left}", "left_strides": ("i32", "i32", 1), "right_ptr": f"*{right}",
+        "right_strides": ("i32", "i32", 1), "part_ptr": "*fp64", "only_ptr": "*i1" if only else None, "d": "i32",
+        "m": "i32", "n": "i32", "batch": "i32", "splits": "i32", "SPLIT": SPLIT_ROWS,
+        "BLOCK_D": rows_of(left == right, columns), "BLOCK_M": columns, "BLOCK_N": columns,
+    }  # fmt: skip
+    single = ("left_ptr", "right_ptr")  # operands are transposed or widened in registers
+    return form(inner_kernel, arguments, num_warps=warps_of(columns), num_stages=2, expects=Expects(wgmma=False, single_buffered=single))
+
+
+def _combine_form(talls: tuple[str, ...], out: str, columns: int, only: bool):
+    """A launch of ``combine_kernel``."""
+    count = len(talls)
+    arguments = {
+        "tall_ptrs": tuple(f"*{tall}" for tall in talls), "strides_tb": ("i32",) * count,
+        "strides_td": ("i32",) * count, "strides_tc": (1,) * count,
+        "small_ptrs": ("*fp32",) * count, "counts": ("i32",) * count, "out_ptr": f"*{out}",
+        "out_strides": ("i32", "i32", 1), "only_ptr": "*i1" if only else None, "d": "i32", "n": "i32",
+        "blocks_d": "i32", "TERMS": count, "BLOCK_D": ROWS, "BLOCK_N": columns, "BLOCK_K": 16 if columns == 16 else 32,
+    }  # fmt: skip
+    single = ("tall_ptrs", "small_ptrs")
+    return form(combine_kernel, arguments, num_warps=warps_of(columns), num_stages=2, expects=Expects(wgmma=False, single_buffered=single))
+
+
+COMPILATIONS = [
+    *(
+        _inner_form(*arguments)
+        for arguments in (
+            ("fp32", "fp32", 16, False),
+            ("fp32", "fp32", 64, False),
+            ("fp32", "fp32", 64, True),
+            ("bf16", "bf16", 16, False),
+            ("bf16", "bf16", 64, False),
+            ("fp16", "fp16", 16, False),
+            ("fp32", "bf16", 16, False),
+            ("fp32", "bf16", 64, True),
+        )
+    ),
+    *(
+        form(inner_sums_kernel, {"parts_ptr": "*fp64", "splits": "i32", "out_ptr": out, "size": "i32", "BLOCK": 1024})
+        for out in ("*fp64", "*fp32")
+    ),
+    *(
+        _combine_form(*arguments)
+        for arguments in (
+            (("fp32",), "fp32", 16, False),
+            (("fp32",), "fp32", 64, True),
+            (("bf16",), "bf16", 16, False),
+            (("bf16",), "fp32", 64, True),
+            (("fp16",), "fp16", 16, False),
+            (("fp32", "fp32"), "fp32", 16, False),
+            (("fp32", "fp32"), "fp32", 64, True),
+            (("bf16", "fp32"), "bf16", 16, False),
+            (("bf16", "bf16"), "bf16", 64, False),
+            (("bf16", "bf16", "fp32"), "bf16", 16, False),
+            (("fp32", "fp32", "fp32", "fp32"), "fp32", 64, False),
+            (("bf16", "bf16", "bf16", "fp32"), "fp32", 16, False),
+        )
+    ),
+]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...routed_lora.triton.forms import form
 from ...routed_lora.triton.common import load_tile, on_device_of, store_tile
 from ..algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Sweep
 from .products import block_of, is_asked
@@ -356,6 +357,22 @@ def step(
     with on_device_of(G):
         step_kernel[(B,)](
             G, S, before, A, inverse, columns, X, T, R, state, only, rank_tol, k, r,
-            NB=NB, num_warps=8 if NB > 32 else 4, num_stages=1,
+            NB=NB, num_warps=8 if NB > 16 else 4, num_stages=1,
         )  # fmt: skip
     return Sweep(X, T, R, state)
+
+
+def _form(columns: int, basis: bool, again: bool):
+    """A launch of ``step_kernel``, of a first sweep or, with ``again``, of a second."""
+    arguments = {
+        "G_ptr": "*fp64", "S_ptr": "*fp64" if basis else None, "before_ptr": "*fp64" if again else None,
+        "A_ptr": "*fp64", "inverse_ptr": "*fp64", "columns_ptr": "*fp64", "x_ptr": "*fp32",
+        "t_ptr": "*fp32" if basis else None, "R_ptr": "*fp64", "state_ptr": "*i32",
+        "only_ptr": "*i1" if again else None, "rank_tol": "fp32", "k": "i32" if basis else 0, "r": "i32", "NB": columns,
+    }  # fmt: skip
+    return form(step_kernel, arguments, num_warps=8 if columns > 16 else 4, num_stages=1)
+
+
+COMPILATIONS = [
+    _form(columns, basis, again) for columns in (16, 32, 64) for basis in (False, True) for again in (False, True)
+]
