@@ -128,33 +128,29 @@ def _devices() -> list[str]:
 
 
 def _routed_lora() -> list[Availability]:
+    return _backends("routed_lora_lay_down", "compiled operators, plain layers on a CPU")
+
+
+def _gram_schmidt() -> list[Availability]:
+    return _backends("gram_schmidt_sweeps", "compiled operators on a CPU; fp32, bf16, fp16")
+
+
+def _backends(compiled: str, native: str) -> list[Availability]:
+    """Those of an operation whose compiled part holds the operator ``compiled``, which ``native`` describes."""
     missing = {}
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if reason := routed_lora_dispatch.why_not_triton(torch.float32, device_type, None):
         missing["triton"] = reason
-    if not extension.has_op("routed_lora_lay_down", "cpu"):
+    if not extension.has_op(compiled, "cpu"):
         missing["native"] = "the compiled part cpu is not there: see above"
     there = {
         "reference": "plain PyTorch, any device",
         "aten": "ATen matmuls, any device",
         "triton": "fused kernels; fp32, bf16, fp16 "
         + ("on CUDA tensors" if device_type == "cuda" else "in Triton's interpreter, for proof and not for speed"),
-        "native": "compiled operators, plain layers on a CPU",
+        "native": native,
     }
-    return [
-        Availability(name, name not in missing, missing.get(name, there.get(name, "")))
-        for name in ("reference", "aten", "triton", "native")
-    ]
-
-
-def _gram_schmidt() -> list[Availability]:
-    built = extension.has_op("gram_schmidt_sweeps", "cpu")
-    reason = "compiled operators; fp32, bf16, fp16" if built else "the compiled part cpu is not there: see above"
-    return [
-        Availability("reference", True, "plain PyTorch, any device"),
-        Availability("aten", True, "ATen matmuls, any device"),
-        Availability("native", built, reason),
-    ]
+    return [Availability(name, name not in missing, missing.get(name, reason)) for name, reason in there.items()]
 
 
 def _tables() -> list[Availability]:

@@ -22,13 +22,14 @@ from ..library import define_operator, without_autocast
 from ..reference.gram_schmidt import GramSchmidtResult, tolerance
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
+from .routed_lora import why_not_triton
 
 DEFICIENT = ("zero", "random", "raise")
 
 
 def choose(V: Tensor, backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` on a CPU where it is built and takes the dtype,
-    else ``aten``, which is proved on every device."""
+    else ``aten``, which is proved on every device: that ``triton`` is faster on a GPU was not measured yet."""
     check_backend(backend)
     if backend in ("auto", "native"):
         why_not = layer.why_not(V)
@@ -36,9 +37,9 @@ def choose(V: Tensor, backend: str = "auto") -> Choice:
             raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not:
             return _choice("native", "cpu", backend)
-    if backend == "triton":
-        raise unavailable("gram_schmidt", backend, "it has no Triton kernels; use 'auto' or 'aten'")
-    return _choice("reference" if backend == "reference" else "aten", V.device.type, backend)
+    if backend == "triton" and (why_not := why_not_triton(V.dtype, V.device.type, V.device.index)):
+        raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
+    return _choice("aten" if backend == "auto" else backend, V.device.type, backend)
 
 
 @cache
@@ -50,11 +51,18 @@ def _choice(chosen: str, device_type: str, backend: str) -> Choice:
         strategy = "Cholesky-QR in the caches, once or twice, and column by column in fp64 where it must be"
         return Choice(chosen, strategy, named if backend == chosen else "compiled operators, faster on a CPU")
     strategy = "Cholesky-QR with fp64 Gram matrices, once or twice, and column by column where it must be"
-    return Choice(chosen, strategy, named if backend == chosen else f"ATen matmuls are proved on {device_type}")
+    if chosen == "triton":
+        strategy = "Cholesky-QR, fp32 products in fp64 sums, once or twice, and column by column where it must be"
+    unmeasured = f"ATen matmuls are proved on {device_type}; the Triton kernels were not measured yet"
+    return Choice(chosen, strategy, named if backend == chosen else unmeasured)
 
 
 def _primitives(backend: str) -> Primitives:
-    """The module of a backend that was chosen."""
+    """The module of a backend that was chosen; Triton is imported where it runs."""
+    if backend == "triton":
+        from ..kernels.gram_schmidt import triton
+
+        return triton
     return aten
 
 

@@ -64,13 +64,24 @@ class Sweep(NamedTuple):
 
 
 class Primitives(Protocol):
-    """What a backend brings. ``first`` and ``second`` are sweeps: W is V, or V after them."""
+    """What a backend brings. ``only`` [B] tells which matrices are asked for, None for all; what a primitive returns for
+    the others is not read, and what it writes to for them stays."""
 
-    def gram(self, columns: Columns, first: Sweep | None) -> tuple[Tensor | None, Tensor]: ...
+    def gram(self, columns: Columns, only: Tensor | None) -> tuple[Tensor | None, Tensor]: ...
 
-    def step(self, S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype) -> Sweep: ...
+    def step(
+        self,
+        S: Tensor | None,
+        G: Tensor,
+        rank_tol: float,
+        dtype: torch.dtype,
+        before: Tensor | None = None,
+        only: Tensor | None = None,
+    ) -> Sweep:
+        """A step for columns of ``dtype``; R is multiplied by ``before``, the R of a sweep before it."""
 
-    def apply(self, columns: Columns, first: Sweep, second: Sweep | None) -> Tensor: ...
+    def apply(self, columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None) -> None:
+        """Write V·X − P·T to ``out``, rounded once."""
 
     def deflate(self, columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:
         """Write the result of the matrices that are ``hard`` [B]; leave the others as they are."""
@@ -91,30 +102,23 @@ def forward(kernels: Primitives, columns: Columns, rank_tol: float) -> GramSchmi
     if V.numel() == 0:
         return empty_result(V)
     B, _, r = V.shape
+    acc = accumulation_dtype(V.dtype)
     first = kernels.step(*kernels.gram(columns, None), rank_tol, V.dtype)
-    state, R, second = first.state, first.R, None
-    if kernels.any(state == AGAIN):
-        found = kernels.step(*kernels.gram(columns, first), rank_tol, V.dtype)
-        second = _where_again(state, found)
-        R = second.R @ R
-        state = torch.where(state == AGAIN, second.state, state)
-    result = GramSchmidtResult(
-        kernels.apply(columns, first, second),
-        R.to(accumulation_dtype(V.dtype)),
-        torch.full((B,), r, dtype=torch.int32, device=V.device),
-    )
+    state, R, Q = first.state, first.R, torch.empty_like(V)
+    kernels.apply(columns, first, Q, None)
+    again = state == AGAIN
+    if kernels.any(again):
+        swept = Columns(torch.empty_like(V, dtype=acc), columns.P)
+        kernels.apply(columns, first, swept.V, again)
+        second = kernels.step(*kernels.gram(swept, again), rank_tol, V.dtype, R, again)
+        kernels.apply(swept, second, Q, again)
+        R = torch.where(again[:, None, None], second.R, R)
+        state = torch.where(again, second.state, state)
+    result = GramSchmidtResult(Q, R.to(acc), torch.full((B,), r, dtype=torch.int32, device=V.device))
     hard = state != DONE
     if kernels.any(hard):
         kernels.deflate(columns, hard, rank_tol, result)
     return result
-
-
-def _where_again(state: Tensor, sweep: Sweep) -> Sweep:
-    """The second sweep for the matrices that go again, the identity for the others."""
-    again = (state == AGAIN)[:, None, None]
-    eye = torch.eye(sweep.R.shape[-1], dtype=sweep.R.dtype, device=sweep.R.device)
-    T = None if sweep.T is None else torch.where(again, sweep.T, torch.zeros_like(sweep.T))
-    return Sweep(torch.where(again, sweep.X, eye.to(sweep.X.dtype)), T, torch.where(again, sweep.R, eye), sweep.state)
 
 
 def complete(

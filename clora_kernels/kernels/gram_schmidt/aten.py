@@ -51,19 +51,20 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return cast(_factor(left, acc).mT @ _factor(right, acc), acc)
 
 
-def _swept(columns: Columns, sweep: Sweep) -> Tensor:
-    V, P = columns
-    terms = [(V, sweep.X)] + ([] if P is None else [(P, -sweep.T)])
-    return combine(terms, accumulation_dtype(V.dtype))
-
-
-def gram(columns: Columns, first: Sweep | None) -> tuple[Tensor | None, Tensor]:
-    """S [B, k, r] and G [B, r, r] in fp64, of V or of V after a first sweep."""
-    W = (columns.V if first is None else _swept(columns, first)).double()
+def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    """S [B, k, r] and G [B, r, r] in fp64."""
+    W = columns.V.double()
     return None if columns.P is None else columns.P.double().mT @ W, W.mT @ W
 
 
-def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype) -> Sweep:
+def step(
+    S: Tensor | None,
+    G: Tensor,
+    rank_tol: float,
+    dtype: torch.dtype,
+    before: Tensor | None = None,
+    only: Tensor | None = None,
+) -> Sweep:
     """The r×r step in fp64; X and T come rounded to the accumulation dtype, R as it is."""
     acc = accumulation_dtype(dtype)
     u, root = torch.finfo(acc).eps / 2, G.shape[-1] ** 0.5
@@ -88,14 +89,17 @@ def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype) -> Sw
     lost = doubtful | ~(of_gram <= STABLE) | ~(of_columns <= FAITHFUL * root) | ~sound[:, 0, 0]
     state = torch.where(lost, HARD, torch.where(error <= ENOUGH * u * root, DONE, AGAIN))
     norms = torch.where(sound[..., 0], norms, 1.0)
-    return Sweep((X * scale[:, :, None]).to(acc), None if T is None else T.to(acc), R * norms[:, None, :], state)
+    R = R * norms[:, None, :]
+    R = R if before is None else R @ before
+    return Sweep((X * scale[:, :, None]).to(acc), None if T is None else T.to(acc), R, state)
 
 
-def apply(columns: Columns, first: Sweep, second: Sweep | None) -> Tensor:
-    """V after one sweep or two, rounded once to its dtype and laid out as V is."""
-    W = _swept(columns, first)
-    W = W if second is None else _swept(Columns(W, columns.P), second)
-    return torch.empty_like(columns.V).copy_(W)
+def apply(columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None = None) -> None:
+    """Write V·X − P·T to ``out``, rounded once."""
+    V, P = columns
+    terms = [(V, sweep.X)] + ([] if P is None else [(P, -sweep.T)])
+    swept = combine(terms, accumulation_dtype(V.dtype))
+    out.copy_(swept if only is None else torch.where(only[:, None, None], swept.to(out.dtype), out))
 
 
 def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:

@@ -30,7 +30,7 @@ def form(
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("*", "i32", "tensordesc"))
+    return isinstance(value, str) and value.startswith(("*", "i32", "fp32", "tensordesc"))
 
 
 def tile_for(op: str, capability: int, dtype: str, r: int, **key: Any) -> Any:

@@ -1,0 +1,382 @@
+"""``step``: the r×r work of a sweep in fp64, one program a matrix. Blocks of ``NB`` columns stand in registers, all else in
+scratch, which the threads of a program share through barriers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...routed_lora.triton.common import load_tile, on_device_of, store_tile
+from ...routed_lora.triton.forms import form
+from ..algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Sweep
+from .products import block_of, is_asked
+
+GRAM_ERROR = 1.0
+"""Error of an entry of a Gram matrix of unit columns, in units of fp32's roundoff: fp32 sums over 64 rows."""
+LIMIT = 2.0**40
+"""Norms of columns beyond it, or below its inverse, are left to fp64: their squares are no fp32 numbers."""
+
+_DONE, _AGAIN, _HARD = tl.constexpr(DONE), tl.constexpr(AGAIN), tl.constexpr(HARD)
+_ENOUGH, _STABLE, _FAITHFUL = tl.constexpr(ENOUGH), tl.constexpr(STABLE), tl.constexpr(FAITHFUL)
+_BASIS, _GRAM_ERROR, _LIMIT = tl.constexpr(BASIS), tl.constexpr(GRAM_ERROR), tl.constexpr(LIMIT)
+_ROUNDOFF = tl.constexpr(2.0**-24)  # of fp32, in which products are summed and applied
+
+
+@triton.jit
+def offsets(block, r, NB: tl.constexpr):
+    """Indices of a block of columns, and which are there."""
+    offs = block * NB + tl.arange(0, NB)
+    return offs, offs < r
+
+
+@triton.jit
+def block_at(ptr, ld, i, j, r, NB: tl.constexpr):
+    """Block (i, j) of a matrix [r, ld], 0 outside."""
+    rows, mask_rows = offsets(i, r, NB)
+    columns, mask_columns = offsets(j, r, NB)
+    return load_tile(ptr, ld, 1, rows, columns, mask_rows, mask_columns)
+
+
+@triton.jit
+def put_block(ptr, ld, i, j, r, value, NB: tl.constexpr):
+    rows, mask_rows = offsets(i, r, NB)
+    columns, mask_columns = offsets(j, r, NB)
+    store_tile(ptr, ld, 1, rows, columns, mask_rows, mask_columns, value)
+
+
+@triton.jit
+def product(acc, left_ptr, left_row, left_step, rows, mask_rows, right_ptr, ld, columns, mask_columns, begin, end):
+    """acc + Σ_l left[row, l]·right[l, column] for l from ``begin`` to ``end``."""
+    for step in range(begin, end):
+        left = tl.load(left_ptr + rows * left_row + step * left_step, mask=mask_rows, other=0.0)
+        right = tl.load(right_ptr + step * ld + columns, mask=mask_columns, other=0.0)
+        acc += left.to(tl.float64)[:, None] * right.to(tl.float64)[None, :]
+    return acc
+
+
+@triton.jit
+def cholesky_of_block(A, NB: tl.constexpr):
+    """Upper R with RᵀR = A [NB, NB], and the least pivot, which says whether it is one."""
+    offs = tl.arange(0, NB)
+    rows = offs[:, None]
+    least = tl.full((), 1.0, tl.float64)
+    for j in range(NB):
+        row = tl.sum(tl.where(rows == j, A, 0.0), axis=0)
+        pivot = tl.sum(tl.where(offs == j, row, 0.0), axis=0)
+        least = tl.minimum(least, tl.where(pivot > 0, pivot, -1.0))  # of NaN too
+        row = tl.where(offs >= j, row / tl.sqrt(tl.where(pivot > 0, pivot, 1.0)), 0.0)
+        A = tl.where(rows == j, row[None, :], tl.where(rows > j, A - row[:, None] * row[None, :], A))
+    return A, least
+
+
+@triton.jit
+def inverse_of_block(R, NB: tl.constexpr):
+    """R⁻¹ of an upper triangular R [NB, NB]."""
+    offs = tl.arange(0, NB)
+    rows = offs[:, None]
+    X = tl.zeros((NB, NB), tl.float64)
+    for step in range(NB):
+        i = NB - 1 - step
+        row = tl.sum(tl.where(rows == i, R, 0.0), axis=0)
+        pivot = tl.sum(tl.where(offs == i, row, 0.0), axis=0)
+        inside = tl.sum(tl.where(offs > i, row, 0.0)[:, None] * X, axis=0)
+        X = tl.where(rows == i, ((tl.where(offs == i, 1.0, 0.0) - inside) / pivot)[None, :], X)
+    return X
+
+
+@triton.jit
+def unit_columns(G_ptr, S_ptr, A_ptr, norms_ptr, k, r, NB: tl.constexpr):
+    """A = G − SᵀS on columns of unit norm, in its upper blocks; Frobenius norm of the unit G, squared."""
+    total = tl.full((), 0.0, tl.float64)
+    blocks = tl.cdiv(r, NB)
+    for i in range(blocks):
+        rows, mask_rows = offsets(i, r, NB)
+        of_rows = 1.0 / tl.load(norms_ptr + rows, mask=mask_rows, other=1.0)
+        for j in range(i, blocks):
+            columns, mask_columns = offsets(j, r, NB)
+            scale = of_rows[:, None] / tl.load(norms_ptr + columns, mask=mask_columns, other=1.0)[None, :]
+            tile = block_at(G_ptr, r, i, j, r, NB)
+            total += tl.where(i == j, 1.0, 2.0) * tl.sum(tl.sum(tile * scale * tile * scale, axis=1), axis=0)
+            if S_ptr is not None:
+                zeros = tl.zeros((NB, NB), tl.float64)
+                tile -= product(zeros, S_ptr, 1, r, rows, mask_rows, S_ptr, r, columns, mask_columns, 0, k)
+            put_block(A_ptr, r, i, j, r, tile * scale, NB)
+    return total
+
+
+@triton.jit
+def cholesky(A_ptr, X_ptr, r, NB: tl.constexpr):
+    """A becomes R with RᵀR = A, the diagonal blocks of X their inverses; the least pivot."""
+    blocks = tl.cdiv(r, NB)
+    offs = tl.arange(0, NB)
+    least = tl.full((), 1.0, tl.float64)
+    for b in range(blocks):
+        padding = (offs[:, None] == offs[None, :]) & (b * NB + offs >= r)[None, :]
+        D, pivot = cholesky_of_block(block_at(A_ptr, r, b, b, r, NB) + tl.where(padding, 1.0, 0.0), NB)
+        least = tl.minimum(least, pivot)
+        put_block(A_ptr, r, b, b, r, D, NB)
+        put_block(X_ptr, r, b, b, r, inverse_of_block(D, NB), NB)
+        tl.debug_barrier()
+        rows, mask_rows = offsets(b, r, NB)
+        first, last = b * NB, tl.minimum(b * NB + NB, r)
+        for j in range(b + 1, blocks):
+            columns, mask_columns = offsets(j, r, NB)
+            tile = tl.zeros((NB, NB), tl.float64)
+            tile = product(tile, X_ptr, 1, r, rows, mask_rows, A_ptr, r, columns, mask_columns, first, last)
+            tl.debug_barrier()  # the block is read whole before it is written
+            put_block(A_ptr, r, b, j, r, tile, NB)
+        tl.debug_barrier()
+        for i in range(b + 1, blocks):
+            rows, mask_rows = offsets(i, r, NB)
+            for j in range(i, blocks):
+                columns, mask_columns = offsets(j, r, NB)
+                tile = tl.zeros((NB, NB), tl.float64)
+                tile = product(tile, A_ptr, 1, r, rows, mask_rows, A_ptr, r, columns, mask_columns, first, last)
+                put_block(A_ptr, r, i, j, r, block_at(A_ptr, r, i, j, r, NB) - tile, NB)
+        tl.debug_barrier()
+    return least
+
+
+@triton.jit
+def invert(R_ptr, X_ptr, r, NB: tl.constexpr):
+    """X = R⁻¹, of which the diagonal blocks are there."""
+    blocks = tl.cdiv(r, NB)
+    for j in range(1, blocks):
+        columns, mask_columns = offsets(j, r, NB)
+        end = tl.minimum(j * NB + NB, r)
+        for step in range(j):
+            i = j - 1 - step
+            rows, mask_rows = offsets(i, r, NB)
+            zeros = tl.zeros((NB, NB), tl.float64)
+            tile = product(zeros, R_ptr, r, 1, rows, mask_rows, X_ptr, r, columns, mask_columns, i * NB + NB, end)
+            put_block(X_ptr, r, i, j, r, tile, NB)
+            tl.debug_barrier()
+            tile = product(zeros, X_ptr, r, 1, rows, mask_rows, X_ptr, r, columns, mask_columns, i * NB, i * NB + NB)
+            tl.debug_barrier()
+            put_block(X_ptr, r, i, j, r, -tile, NB)
+            tl.debug_barrier()
+
+
+@triton.jit
+def scaled_rows(X_ptr, norms_ptr, x_ptr, r, NB: tl.constexpr):
+    """X becomes what is applied to columns as they are, and ``x`` that in fp32."""
+    blocks = tl.cdiv(r, NB)
+    for i in range(blocks):
+        rows, mask_rows = offsets(i, r, NB)
+        norms = tl.load(norms_ptr + rows, mask=mask_rows, other=1.0)
+        for j in range(blocks):
+            tile = tl.zeros((NB, NB), tl.float64)
+            if j >= i:
+                tile = block_at(X_ptr, r, i, j, r, NB) / norms[:, None]
+                put_block(X_ptr, r, i, j, r, tile, NB)
+            put_block(x_ptr, r, i, j, r, tile, NB)
+
+
+@triton.jit
+def of_basis(S_ptr, X_ptr, t_ptr, k, r, NB: tl.constexpr):
+    """T = S·X in fp32."""
+    for i in range(tl.cdiv(k, NB)):
+        rows, mask_rows = offsets(i, k, NB)
+        for j in range(tl.cdiv(r, NB)):
+            columns, mask_columns = offsets(j, r, NB)
+            end = tl.minimum(j * NB + NB, r)
+            tile = tl.zeros((NB, NB), tl.float64)
+            tile = product(tile, S_ptr, r, 1, rows, mask_rows, X_ptr, r, columns, mask_columns, 0, end)
+            store_tile(t_ptr, r, 1, rows, columns, mask_rows, mask_columns, tile)
+
+
+@triton.jit
+def squares_of_rows(ptr, count, r, upper: tl.constexpr, NB: tl.constexpr):
+    """The sum of all squares of a matrix [count, r], and the largest of a row."""
+    total, largest = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    for i in range(tl.cdiv(count, NB)):
+        rows, mask_rows = offsets(i, count, NB)
+        sums = tl.zeros((NB,), tl.float64)
+        first = i if upper else 0
+        for j in range(first, tl.cdiv(r, NB)):
+            columns, mask_columns = offsets(j, r, NB)
+            tile = load_tile(ptr, r, 1, rows, columns, mask_rows, mask_columns).to(tl.float64)
+            sums += tl.sum(tile * tile, axis=1)
+        total += tl.sum(sums, axis=0)
+        largest = tl.maximum(largest, tl.max(sums, axis=0))
+    return total, largest
+
+
+@triton.jit
+def squares_of_columns(X_ptr, out_ptr, r, NB: tl.constexpr):
+    """For each column of X the sum of its squares."""
+    for j in range(tl.cdiv(r, NB)):
+        columns, mask_columns = offsets(j, r, NB)
+        sums = tl.zeros((NB,), tl.float64)
+        for i in range(j + 1):
+            tile = block_at(X_ptr, r, i, j, r, NB)
+            sums += tl.sum(tile * tile, axis=0)
+        tl.store(out_ptr + columns, sums, mask=mask_columns)
+
+
+@triton.jit
+def add_squares(t_ptr, out_ptr, k, r, NB: tl.constexpr):
+    """The squares of the columns of T [k, r] are added."""
+    for j in range(tl.cdiv(r, NB)):
+        columns, mask_columns = offsets(j, r, NB)
+        sums = tl.load(out_ptr + columns, mask=mask_columns, other=0.0)
+        for i in range(tl.cdiv(k, NB)):
+            rows, mask_rows = offsets(i, k, NB)
+            tile = load_tile(t_ptr, r, 1, rows, columns, mask_rows, mask_columns).to(tl.float64)
+            sums += tl.sum(tile * tile, axis=0)
+        tl.store(out_ptr + columns, sums, mask=mask_columns)
+
+
+@triton.jit
+def worst_column(R_ptr, squares_ptr, r, NB: tl.constexpr):
+    """The largest Σ_k squares_k·R_kj² of a column j, and the least diagonal element of R."""
+    worst, pivot = tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
+    for j in range(tl.cdiv(r, NB)):
+        columns, mask_columns = offsets(j, r, NB)
+        sums = tl.zeros((NB,), tl.float64)
+        for i in range(j + 1):
+            rows, mask_rows = offsets(i, r, NB)
+            squares = tl.load(squares_ptr + rows, mask=mask_rows, other=0.0)
+            tile = block_at(R_ptr, r, i, j, r, NB)
+            sums += tl.sum(squares[:, None] * tile * tile, axis=0)
+        worst = tl.maximum(worst, tl.max(sums, axis=0))
+        diagonal = tl.load(R_ptr + columns * (r + 1), mask=mask_columns, other=1.0)
+        pivot = tl.minimum(pivot, tl.min(diagonal, axis=0))
+    return worst, pivot
+
+
+@triton.jit
+def put_R(A_ptr, norms_ptr, before_ptr, R_ptr, r, NB: tl.constexpr):
+    """R of columns as they are, after that of an earlier sweep; zeros below the diagonal."""
+    blocks = tl.cdiv(r, NB)
+    for j in range(blocks):
+        columns, mask_columns = offsets(j, r, NB)
+        norms = tl.load(norms_ptr + columns, mask=mask_columns, other=1.0)
+        for i in range(j + 1):
+            put_block(A_ptr, r, i, j, r, block_at(A_ptr, r, i, j, r, NB) * norms[None, :], NB)
+    tl.debug_barrier()
+    for i in range(blocks):
+        rows, mask_rows = offsets(i, r, NB)
+        for j in range(blocks):
+            columns, mask_columns = offsets(j, r, NB)
+            tile = tl.zeros((NB, NB), tl.float64)
+            if j >= i:
+                if before_ptr is None:
+                    tile = block_at(A_ptr, r, i, j, r, NB)
+                else:
+                    end = tl.minimum(j * NB + NB, r)
+                    tile = product(
+                        tile, A_ptr, r, 1, rows, mask_rows, before_ptr, r, columns, mask_columns, i * NB, end
+                    )
+            put_block(R_ptr, r, i, j, r, tile, NB)
+
+
+@triton.jit
+def put_norms(G_ptr, norms_ptr, r, NB: tl.constexpr):
+    """The norms of the columns; how many are out of bounds, or no numbers."""
+    lost = tl.full((), 0, tl.int32)
+    for j in range(tl.cdiv(r, NB)):
+        columns, mask_columns = offsets(j, r, NB)
+        norms = tl.sqrt(tl.load(G_ptr + columns * (r + 1), mask=mask_columns, other=1.0))
+        sound = (norms > 1 / _LIMIT) & (norms < _LIMIT)
+        lost += tl.sum(tl.where(sound, 0, 1), axis=0)
+        tl.store(norms_ptr + columns, norms, mask=mask_columns)
+    return lost
+
+
+@triton.jit
+def step_kernel(
+    G_ptr, S_ptr, before_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, t_ptr, R_ptr, state_ptr, only_ptr, rank_tol, k, r,
+    NB: tl.constexpr,
+):  # fmt: skip
+    """One program a matrix. ``A``, ``inverse`` [r, r] and ``columns`` [2, r] are fp64 scratch of it."""
+    b = tl.program_id(0)
+    if not is_asked(only_ptr, b):
+        return
+    b = b.to(tl.int64)
+    at = b * r * r
+    G_ptr, A_ptr, X_ptr, norms_ptr = G_ptr + at, A_ptr + at, inverse_ptr + at, columns_ptr + 2 * b * r
+    if S_ptr is not None:
+        S_ptr, t_ptr = S_ptr + b * k * r, t_ptr + b * k * r
+    if before_ptr is not None:
+        before_ptr += at
+    lost = put_norms(G_ptr, norms_ptr, r, NB)
+    tl.store(state_ptr + b, _HARD)
+    if lost > 0:
+        return
+    tl.debug_barrier()
+    total = unit_columns(G_ptr, S_ptr, A_ptr, norms_ptr, k, r, NB)
+    tl.debug_barrier()
+    if cholesky(A_ptr, X_ptr, r, NB) <= 0:
+        return
+    invert(A_ptr, X_ptr, r, NB)
+    tl.debug_barrier()
+    of_X, largest = squares_of_rows(X_ptr, r, r, True, NB)
+    squares_ptr = norms_ptr + r
+    of_T = tl.full((), 0.0, tl.float64)
+    squares_of_columns(X_ptr, squares_ptr, r, NB)
+    tl.debug_barrier()
+    scaled_rows(X_ptr, norms_ptr, x_ptr + at, r, NB)
+    tl.debug_barrier()
+    if S_ptr is not None:
+        of_basis(S_ptr, X_ptr, t_ptr, k, r, NB)
+        tl.debug_barrier()
+        of_T, largest_T = squares_of_rows(t_ptr, k, r, False, NB)
+        largest = tl.maximum(largest, largest_T)
+        add_squares(t_ptr, squares_ptr, k, r, NB)
+        tl.debug_barrier()
+    worst, pivot = worst_column(A_ptr, squares_ptr, r, NB)
+    tl.debug_barrier()
+    put_R(A_ptr, norms_ptr, before_ptr, R_ptr + at, r, NB)
+    root = tl.sqrt(tl.zeros((), tl.float64) + r)
+    of_gram = tl.sqrt(total) * largest * (_GRAM_ERROR * _ROUNDOFF)
+    error = of_gram + (tl.sqrt(of_X) + tl.sqrt(of_T) * _BASIS) * _ROUNDOFF
+    sound = (of_gram <= _STABLE) & (tl.sqrt(worst) <= root * _FAITHFUL) & (pivot > rank_tol * 1.1)
+    after = tl.where(error <= root * (_ENOUGH * _ROUNDOFF), _DONE, _AGAIN)
+    tl.store(state_ptr + b, tl.where(sound, after, _HARD))
+
+
+def step(
+    S: Tensor | None,
+    G: Tensor,
+    rank_tol: float,
+    dtype: torch.dtype,
+    before: Tensor | None = None,
+    only: Tensor | None = None,
+) -> Sweep:
+    """The sweep that G [B, r, r] and S [B, k, r], fp64 and contiguous, ask for. Scratch: two fp64 [r, r] a matrix."""
+    B, r, _ = G.shape
+    k = 0 if S is None else S.shape[1]
+    new = G.new_empty
+    X, R, state = new((B, r, r), dtype=torch.float32), new((B, r, r)), new((B,), dtype=torch.int32)
+    T = None if S is None else new((B, k, r), dtype=torch.float32)
+    A, inverse, columns = new((B, r, r)), new((B, r, r)), new((B, 2, r))
+    NB = block_of(r)
+    with on_device_of(G):
+        step_kernel[(B,)](
+            G, S, before, A, inverse, columns, X, T, R, state, only, rank_tol, k, r,
+            NB=NB, num_warps=8 if NB > 16 else 4, num_stages=1,
+        )  # fmt: skip
+    return Sweep(X, T, R, state)
+
+
+def _form(columns: int, basis: bool, again: bool):
+    """A launch of ``step_kernel``, of a first sweep or, with ``again``, of a second."""
+    arguments = {
+        "G_ptr": "*fp64", "S_ptr": "*fp64" if basis else None, "before_ptr": "*fp64" if again else None,
+        "A_ptr": "*fp64", "inverse_ptr": "*fp64", "columns_ptr": "*fp64", "x_ptr": "*fp32",
+        "t_ptr": "*fp32" if basis else None, "R_ptr": "*fp64", "state_ptr": "*i32",
+        "only_ptr": "*i1" if again else None, "rank_tol": "fp32", "k": "i32" if basis else 0, "r": "i32", "NB": columns,
+    }  # fmt: skip
+    return form(step_kernel, arguments, num_warps=8 if columns > 16 else 4, num_stages=1)
+
+
+COMPILATIONS = [
+    _form(16, False, False),
+    _form(16, True, True),
+    _form(32, True, False),
+    _form(64, False, False),
+    _form(64, True, True),
+]
