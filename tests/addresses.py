@@ -28,16 +28,16 @@ def only_elements_of(*tensors: Tensor | None) -> Iterator[list[Tensor]]:
     elements = cache(_elements)
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def checked_load(self: Any, ptrs: Any, mask: Any, other: Any, *options: Any) -> Any:
+    def checked_load(self: Any, ptrs: Any, mask: Any, other: Any, *options: Any, **named: Any) -> Any:
         _check("reads", ptrs, mask, [*map(elements, [*given, *outputs])])
-        found = load(self, ptrs, mask, other, *options)
+        found = load(self, ptrs, mask, other, *options, **named)
         if other is None and np.issubdtype(found.data.dtype, np.floating):
             found = TensorHandle(np.where(mask.data, found.data, np.nan).astype(found.data.dtype), found.dtype)
         return found
 
-    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *options: Any, **named: Any) -> Any:
         _check("writes", ptrs, mask, [*map(elements, outputs)])
-        return store(self, ptrs, value, mask, *options)
+        return store(self, ptrs, value, mask, *options, **named)
 
     with (
         guarded_outputs() as outputs,

@@ -17,6 +17,9 @@ from .routed_lora_native import NATIVE
 from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
 from .routed_lora_tables import TABLES
+from .routed_lora_triton_big import TRITON_BIG
+from .routed_lora_triton_linear import TRITON_LINEAR
+from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
 from .views import VIEWS
 
@@ -38,6 +41,9 @@ MUTANTS: list[Mutant] = [
     *NATIVE,
     *TABLES,
     *TUNE,
+    *TRITON_SMALL,
+    *TRITON_BIG,
+    *TRITON_LINEAR,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,
