@@ -1,4 +1,4 @@
-"""What a Triton kernel may touch, element by element, and tensors of whole numbers whose sums are exact in any order."""
+"""What a Triton kernel may touch, element by element, and tensors of whole numbers, whose sums are exact."""
 
 from __future__ import annotations
 

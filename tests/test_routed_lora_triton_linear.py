@@ -27,8 +27,8 @@ DEPTHS = {0: (), 1: (53,), 3: (40, 16, 72), 4: (40, 16, 72, 19)}
 RANKS = (5, 40, 16, 3)
 
 
-def whole_call(device, products, draws, dtype=torch.float32, layout="contiguous", M=37, N=45, spread=1):
-    """Operands of ``linear`` in one layout, and the exact sum; spread: ranks of the first term on, at least one."""
+def whole_call(device, products, draws, dtype=torch.float32, layout="contiguous", M=37, N=45):
+    """Operands of ``linear`` in one layout, and the exact sum."""
     depths = DEPTHS[products]
     of = [(whole((M, K), 3, device, dtype), whole((K, N), 3, device, dtype)) for K in depths]
     if layout == "described":  # b comes transposed, as from a weight [N, K]
@@ -109,7 +109,7 @@ def test_what_cannot_be_described_goes_by_pointers(device):
 
 def test_nothing_of_no_rows(device):
     for M, N in ((0, 7), (7, 0)):
-        of, low, exact = whole_call(device, 1, (0,), M=M, N=N)
+        of, low, _ = whole_call(device, 1, (0,), M=M, N=N)
         assert kernels.linear(of, low).shape == (M, N)
 
 

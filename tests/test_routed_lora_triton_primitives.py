@@ -59,7 +59,7 @@ def test_pack(device, r, K, N, kind, layout):
         assert sum(t.is_floating_point() and t.dim() == 2 for t in outputs) == sum(flags)
         for got, want, flag in zip(packed, expected, flags, strict=True):
             assert got is None if not flag else torch.equal(got, want.to(BF16)) and got.dtype == BF16
-            assert got is None or got.stride(0) % 8 == 0 and got.stride(1) == 1
+            assert got is None or (got.stride(0) % 8 == 0 and got.stride(1) == 1)
 
 
 def test_pack_takes_an_A_of_the_dtype_as_it_is(device):

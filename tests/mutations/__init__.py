@@ -18,6 +18,7 @@ from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
 from .routed_lora_tables import TABLES
 from .routed_lora_triton_big import TRITON_BIG
+from .routed_lora_triton_common import TRITON_COMMON
 from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
@@ -44,6 +45,7 @@ MUTANTS: list[Mutant] = [
     *TRITON_SMALL,
     *TRITON_BIG,
     *TRITON_LINEAR,
+    *TRITON_COMMON,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,
