@@ -29,9 +29,10 @@ def projection(device, r, K, N, routing=True, frozen=False, bank=False, layout="
         return laid_out(whole((rows, columns), largest, device, dtype), layout)
 
     square = (r, r, 3)
+    live = new(*square) if routing else None
     index = torch.zeros(1, dtype=torch.int64, device=device) if bank else None
     return Projection(
-        weight=None, lora_A=new(r, K, 99), lora_B=new(N, r, 99), routing=new(*square) if routing else None,
+        weight=None, lora_A=new(r, K, 99), lora_B=new(N, r, 99), routing=live[None] if bank else live,
         frozen_routing=new(*square) if frozen else None, routing_index=index, gate=None, bias=None, base_output=None,
         scaling=torch.tensor(3.0, dtype=torch.float64), seed=None, threshold=None,
     )  # fmt: skip
