@@ -49,7 +49,9 @@ setup: $(READY)
 $(VENV)/installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt setuptools torch numpy
-	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[triton,test,demo,bench,lint]"
+# compat: a path, not an import hook, which a folder of the package's name beside a script would go before
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
+	  -e ".[triton,test,demo,bench,lint]"
 	touch $@
 
 build/built-%: $(SOURCES)

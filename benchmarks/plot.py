@@ -6,11 +6,11 @@ python benchmarks/plot.py benchmarks/results/NAME.json [--output NAME.png] [--co
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,12 +20,16 @@ COLOURS = {"ours": "#0b6e4f", "ours_clora": "#6bbf59", "peft": "#c1440e", "peft_
 
 def draw(content: dict[str, Any], path: Path, only: list[str] | None = None) -> None:
     """Two panels, one bar a contestant and point: time of forward and backward over the frozen layer's (whiskers: 20th
-    to 80th percentile; line: the floor), and MiB above the frozen layer. Raises ValueError if nothing was measured."""
+    to 80th percentile; line: the floor), and MiB above the frozen layer. Raises ValueError if nothing was measured,
+    for anybody or for one of ``only``."""
     rows = [row for row in content["rows"] if "skipped" not in row]
     if not rows:
         raise ValueError("the file holds no measured row")
+    known = dict.fromkeys(row["contestant"] for row in rows)
+    if unknown := [w for w in only or () if w not in known]:
+        raise ValueError(f"contestants: got {', '.join(unknown)}, expected some of {', '.join(known)}")
     names = list(dict.fromkeys(row["point"]["name"] for row in rows))
-    who = [w for w in dict.fromkeys(row["contestant"] for row in rows) if w != "frozen" and (not only or w in only)]
+    who = [w for w in known if w != "frozen" and (not only or w in only)]
     by_key = {(row["point"]["name"], row["contestant"]): row for row in rows}
     figure, (time_axis, memory_axis) = plt.subplots(2, 1, figsize=(max(8, 0.55 * len(names) + 3), 8.5), sharex=True)
     width = 0.8 / max(len(who), 1)
@@ -67,7 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output or arguments.results.with_suffix(".png")
     only = arguments.contestants.split(",") if arguments.contestants else None
-    draw(json.loads(arguments.results.read_text()), path, only)
+    try:
+        draw(results.read(arguments.results), path, only)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(path)
 
 

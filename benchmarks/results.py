@@ -65,6 +65,17 @@ def stamp(device: torch.device) -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote. Raises ValueError, naming the file, where it is not there or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or not {"stamp", "ceilings", "rows"} <= content.keys():
+        raise ValueError(f"{path}: got a file of something else, expected results that benchmarks/run.py wrote")
+    return content
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, and the rows as CSV beside it, each at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

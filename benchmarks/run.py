@@ -14,7 +14,6 @@ to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -89,7 +88,8 @@ def measure_point(
 
 
 def run(arguments: argparse.Namespace, device: torch.device, points: list[Point]) -> int:
-    names = arguments.contestants.split(",") if arguments.contestants else default_contestants(arguments.quick)
+    wanted = arguments.contestants.split(",") if arguments.contestants else default_contestants(arguments.quick)
+    names = list(dict.fromkeys(["frozen", *wanted]))  # what every other is compared with
     path, content = opened(arguments, device)
     content["stamp"]["clock"] = "events" if device.type == "cuda" else arguments.clock
     done = {row["point"]["name"] for row in content["rows"]}
@@ -130,10 +130,13 @@ def opened(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, d
     stamp = results.stamp(device)
     if arguments.resume:
         path = Path(arguments.resume)
-        content = json.loads(path.read_text()) if path.exists() else None
-        if content is not None:
+        if path.exists():
+            try:
+                content = results.read(path)
+            except ValueError as error:
+                raise SystemExit(f"--resume {error}") from None
             fixed = ("commit", "dirty", "device", "torch", "threads")
-            changed = [k for k in fixed if content["stamp"][k] != stamp[k]]
+            changed = [k for k in fixed if content["stamp"].get(k) != stamp[k]]
             if changed:
                 raise SystemExit(
                     f"--resume {path}: it was measured with another {', '.join(changed)}; start a new file"
@@ -151,7 +154,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="the quick points, with less time for each")
     parser.add_argument("--points", help="comma-separated names of points")
-    parser.add_argument("--contestants", help=f"comma-separated, of: {', '.join(BUILDERS)}")
+    parser.add_argument("--contestants", help=f"comma-separated, frozen beside: {', '.join(BUILDERS)}")
     parser.add_argument("--seconds", type=float, help="time to measure each point (default 6; quick 2)")
     parser.add_argument("--limit", type=float, help="seconds after which no further point is begun")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
@@ -170,14 +173,23 @@ def parser_of_arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of_arguments()
     arguments = parser.parse_args(argv)
-    unknown = [name for name in (arguments.contestants or "").split(",") if name and name not in BUILDERS]
+    unknown = [name for name in (arguments.contestants or "ours").split(",") if name not in BUILDERS]
     if unknown:
         parser.error(f"--contestants: got {', '.join(unknown)}, expected some of {', '.join(BUILDERS)}")
     if arguments.seconds is None:
         arguments.seconds = 2.0 if arguments.quick else 6.0
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no CUDA device here")
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch finds no CUDA device here")
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        parser.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: got {device}, expected cpu or cuda")
+    for name in ("seconds", "threads", "limit"):
+        if (value := getattr(arguments, name)) is not None and not value > 0:
+            parser.error(f"--{name}: got {value}, expected more than 0")
     try:
         points = chosen(points_of(device), arguments.points, arguments.quick)
     except ValueError as error:

@@ -9,7 +9,6 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -28,14 +27,12 @@ WHOLE = {"cuda": 540.0, "cpu": 240.0}
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its limit in seconds. ``reserve`` is what it leaves for the steps after it; ``absent`` the reason
-    for which it cannot run."""
+    """A command with its limit in seconds. ``reserve`` is what it leaves for the steps after it."""
 
     name: str
     command: list[str]
     limit: float
     reserve: float = 0.0
-    absent: str = ""
 
 
 @dataclass
@@ -61,22 +58,12 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     tune += ["--device", device.type, "--output", str(folder / "tables"), "--seconds", "20" if short else "150"]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], limit=180, reserve=60),
-        Step("selftest", [python, "-m", "clora_kernels", "selftest"], limit=40, absent=_no_command("selftest")),
+        Step("selftest", [python, "-m", "clora_kernels", "selftest"], limit=40),
         Step("quick benchmarks", quick + few, limit=100, reserve=0 if short else 90),
         Step("tests", tests, limit=60 if short else 180, reserve=20 if short else 120),
         Step("benchmarks", every + few, limit=limit + 30, reserve=0 if short else 60),
-        Step("tune", tune, limit=60 if short else 180, absent=_no_command("tune")),
+        Step("tune", tune, limit=60 if short else 180),
     ]
-
-
-def _no_command(name: str) -> str:
-    """Why ``python -m clora_kernels name`` cannot run; empty if it can."""
-    if importlib.util.find_spec("clora_kernels.__main__") is None:
-        return "clora_kernels has no command line"
-    probe = subprocess.run(
-        [sys.executable, "-m", "clora_kernels", name, "--help"], cwd=ROOT, env=_environment(), capture_output=True
-    )
-    return "" if probe.returncode == 0 else f"clora_kernels has no command {name!r}"
 
 
 def _environment() -> dict[str, str]:
@@ -116,8 +103,6 @@ def run_suite(device: torch.device) -> int:
 
 
 def _run(step: Step, left: float, folder: Path) -> Outcome:
-    if step.absent:
-        return Outcome("skipped", 0.0, step.absent)
     if left < 5:
         return Outcome("skipped", 0.0, "no time is left for it; the same command goes on from here")
     log = folder / f"{step.name.replace(' ', '-')}.log"

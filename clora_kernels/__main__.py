@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clora_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, compiled parts and backends, and why one is missing")
-    test = commands.add_parser("selftest", help="parity, adapter fidelity and speed on this machine, in 20 seconds")
+    test = commands.add_parser(
+        "selftest", help="parity, adapter fidelity and speed on this machine, in some 20 seconds"
+    )
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     aot.add_arguments(
         commands.add_parser("kernels", help="compile the Triton kernels for GPUs that need not be here, and judge them")

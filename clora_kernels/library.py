@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+"""Tensors that hold values, and that no subclass wants to see operators of."""
+
 LIBRARY = torch.library.Library("clora_kernels", "FRAGMENT")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from . import extension
 from .autograd import routed_lora
-from .autograd.dropout_mask import dropout_mask
+from .autograd.dropout_mask import check_mask, dropout_mask
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
@@ -83,15 +83,18 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         TypeError: another ``fn``; arguments it does not take. ValueError and the like as the call itself would.
     """
     if isinstance(fn, RoutedLoRALinear):
+        called_with = inspect.signature(fn.forward).bind(*args, **kwargs).arguments
         if fn.merged:
+            fn.check_merged_call(called_with.get("gate"), called_with.get("routing_index"))
             return Choice("aten", "F.linear on the merged weight", "the layer is merged")
-        return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(*args, **kwargs))
+        return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(**called_with))
     if fn not in _FUNCTIONS:
         known = ", ".join(f.__name__ for f in _FUNCTIONS)
         raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     if fn is dropout_mask:
+        check_mask(**bound.arguments)
         return _explain_mask(bound.arguments["x"])
     return explain_call(fn, bound.arguments)
 

@@ -39,15 +39,15 @@ Mask make_mask(const std::optional<Tensor>& seed, const std::optional<Tensor>& t
           shape.groups_per_row, first_row};
 }
 
-// Scratch comes from torch's allocator, where whoever measures memory sees it.
-Tensor scratch(const Tensor& like, int64_t floats) {
-  return torch::stable::new_empty(like, {floats}, ScalarType::Float);
+// Scratch too comes from torch's allocator, where whoever measures memory sees it.
+Tensor new_fp32(const Tensor& like, int64_t rows, int64_t columns) {
+  return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
 // A matrix as fp32 [rows][padded], dropped, zeros beyond its columns; the matrix itself where it is that already.
 Tensor widened(const Tensor& t, const char* name, int64_t padded, const Mask& mask = {}) {
   if (t.scalar_type() == ScalarType::Float && t.is_contiguous() && padded == t.size(1) && !mask.given) return t;
-  Tensor out = torch::stable::new_empty(t, {t.size(0), padded}, ScalarType::Float);
+  Tensor out = new_fp32(t, t.size(0), padded);
   auto* data = out.mutable_data_ptr<float>();
   if (padded > t.size(1)) std::fill(data, data + t.size(0) * padded, 0.0f);
   with_type(t, name, [&](auto type) { widen(matrix<decltype(type)>(t), mask, padded, data); });
@@ -66,7 +66,7 @@ Tensor shrink(const Tensor& big, const Tensor& small, const std::optional<Tensor
   const int64_t M = big.size(0), K = big.size(1), r = small.size(0);
   STD_TORCH_CHECK(small.size(1) == K, "small must have the columns of big, ", K, ", got ", small.size(1));
   const Mask mask = make_mask(seed, threshold, 0, M, K);
-  Tensor out = torch::stable::new_empty(big, {M, r}, ScalarType::Float);
+  Tensor out = new_fp32(big, M, r);
   if (M <= kFewRows && (small.stride(1) == 1 || K <= 1)) {
     const Tensor rows = widened(big, "big", K, mask);
     with_type(small, "small", [&](auto type) {
@@ -75,7 +75,7 @@ Tensor shrink(const Tensor& big, const Tensor& small, const std::optional<Tensor
     return out;
   }
   const int64_t tiles = (r + kWidth - 1) / kWidth;
-  Tensor packed = scratch(big, tiles * K * kWidth);
+  Tensor packed = new_fp32(big, tiles, K * kWidth);
   auto* tiled = packed.mutable_data_ptr<float>();
   if (r % kWidth) std::fill(tiled + (tiles - 1) * K * kWidth, tiled + tiles * K * kWidth, 0.0f);
   with_type(small, "small", [&](auto type) { pack(matrix<decltype(type)>(small), tiled); });
@@ -97,7 +97,7 @@ Tensor reduce(const Tensor& small, const Tensor& big, const std::optional<Tensor
   const int64_t M = big.size(0), K = big.size(1), r = small.size(1);
   STD_TORCH_CHECK(small.size(0) == M, "small must have the rows of big, ", M, ", got ", small.size(0));
   const Mask mask = make_mask(seed, threshold, 0, M, K);
-  Tensor out = torch::stable::new_empty(big, {r, K}, ScalarType::Float);
+  Tensor out = new_fp32(big, r, K);
   const int64_t padded = round_up(r, kRows);
   const Tensor factors = widened(small, "small", padded);
   const Reduce s{r, padded, factors.const_data_ptr<float>(), out.mutable_data_ptr<float>()};
@@ -205,7 +205,7 @@ void add_product(const Tensor& dy, const Tensor& weight, Tensor& sums) {
 }
 
 Tensor product_of(const Tensor& dy, const Tensor& weight) {
-  Tensor sums = torch::stable::new_empty(dy, {dy.size(0), weight.size(1)}, ScalarType::Float);
+  Tensor sums = new_fp32(dy, dy.size(0), weight.size(1));
   std::fill_n(sums.mutable_data_ptr<float>(), sums.numel(), 0.0f);
   add_product(dy, weight, sums);
   return sums;
@@ -214,7 +214,7 @@ Tensor product_of(const Tensor& dy, const Tensor& weight) {
 // factor · aᵀ·b [rows, columns] for a [M, rows] and b [M, columns], fp32 and contiguous, M from 1 to kFewRows.
 Tensor outer_product(const Tensor& a, const Tensor& b, float factor) {
   const int64_t M = a.size(0), rows = a.size(1), columns = b.size(1);
-  Tensor out = torch::stable::new_empty(a, {rows, columns}, ScalarType::Float);
+  Tensor out = new_fp32(a, rows, columns);
   torch::stable::parallel_for(0, rows, grain(2 * M * columns), [&](int64_t begin, int64_t end) {
     outer(a.const_data_ptr<float>(), b.const_data_ptr<float>(), M, rows, columns, factor, begin, end,
           out.mutable_data_ptr<float>());
@@ -289,7 +289,7 @@ Tensor few_rows(const Tensor& dy, const Tensor& weight, const Tensor& dx) {
   check_size(weight, "weight", dy.size(1), K);
   STD_TORCH_CHECK(weight.stride(1) == 1 || K <= 1, "weight must have contiguous rows");
   check_size(dx, "dx", M, K);
-  Tensor sums = torch::stable::new_empty(dx, {M, K}, ScalarType::Float);
+  Tensor sums = new_fp32(dx, M, K);
   with_type(dx, "dx", [&](auto type) {
     widen(matrix<decltype(type)>(dx), {}, K, sums.mutable_data_ptr<float>());
   });

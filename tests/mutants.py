@@ -208,6 +208,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.id or options.only in mutant.file]
+    if not mutants:
+        parser.error(f"--only: got {options.only!r}, which is in the id and the file of no mutant")
     mutants = one_per_file(mutants) if options.one_per_file else mutants
     with copy_of(ROOT) as source:  # of one moment: a run takes long enough for the code to change under it
         check_the_unbroken(mutants, source)

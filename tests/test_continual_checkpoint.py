@@ -112,3 +112,11 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         other.load_state_dict(state)
     after = other.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + 40 * b"\0"], ids=["empty", "text", "cut"])
+def test_a_file_of_garbage_is_told(content: bytes, tmp_path) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"path: got '.*run\.safetensors', which cannot be read"):
+        load_run(path, METHODS["c-lora"](Net()))

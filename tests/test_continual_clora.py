@@ -182,6 +182,8 @@ def test_no_warning_where_the_factors_are_safe() -> None:
         ({"basis": "half"}, "basis: got 'half', expected one of leading, full, raw"),
         ({"train_factors": "never"}, "train_factors: got 'never'"),
         ({"orthogonality": -1.0}, "orthogonality: got -1.0"),
+        ({"orthogonality": math.nan}, "orthogonality: got nan, expected a finite weight"),
+        ({"orthogonality": math.inf}, "orthogonality: got inf, expected a finite weight"),
         ({"r": 0}, "r: got 0"),
         ({"backend": "fast"}, "backend"),
     ],
@@ -196,3 +198,6 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 def test_energy_is_checked_where_it_is_given() -> None:
     with pytest.raises(ValueError, match=r"energy: got 1\.5"):
         clora(energy=1.5)
+    for option, value in (("energy", None), ("energy", "1"), ("orthogonality", "1"), ("orthogonality", None)):
+        with pytest.raises(TypeError, match=f"{option}: got {type(value).__name__}, expected a number"):
+            clora(**{option: value})

@@ -120,6 +120,23 @@ def test_seeds_that_are_for_tuning_are_refused(examples, argv, env, monkeypatch,
     assert exit_.value.code == 2 and "expected 1 to 100" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "env", "message"),
+    [
+        ([], "abc", "argument --seeds: invalid int value: 'abc'"),
+        (["--workers", "0"], "5", "--workers: got 0, expected at least 1"),
+        (["--out", f"{__file__}/results"], "5", "--out: [Errno 20] Not a directory"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_computed(examples, argv, env, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare_on_digits.py", *argv])
+    monkeypatch.setenv("SEEDS", env)
+    monkeypatch.setattr(examples[0], "ProcessPoolExecutor", None)
+    with pytest.raises(SystemExit) as exit_:
+        examples[0].main()
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(examples, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(

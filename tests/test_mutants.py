@@ -21,7 +21,7 @@ def test_each_mutant_breaks_the_code_in_one_place(mutant):
         assert ast.dump(ast.parse(broken)) != ast.dump(ast.parse(text))
 
 
-def test_every_kernel_and_function_is_broken_a_dozen_times():
+def test_every_file_has_four_mutants_and_the_large_ones_a_dozen():
     broken = Counter(mutant.file for mutant in MUTANTS)
     for folder in ("kernels", "autograd", "dispatch"):
         for path in sorted((ROOT / "clora_kernels" / folder).rglob("*.py")):
@@ -35,6 +35,13 @@ def test_every_kernel_and_function_is_broken_a_dozen_times():
         assert broken[f"clora_kernels/kernels/routed_lora/triton/{kernel}.py"] >= 12
     for file in ("kernels/routed_lora/aten.py", "autograd/routed_lora/function.py", "reference/dropout_mask.py"):
         assert broken[f"clora_kernels/{file}"] >= 12
+
+
+def test_a_text_that_is_in_no_mutant_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mutants.py", "--only", "nothing of the kind"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "--only: got 'nothing of the kind'" in capsys.readouterr().err
 
 
 def test_ids_are_unique():

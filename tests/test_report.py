@@ -1,7 +1,9 @@
 """info(), explain() and the command line: they tell what is true here."""
 
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
 from clora_kernels.__main__ import main
 from clora_kernels.dispatch import routed_lora as routed_lora_dispatch
 from clora_kernels.dispatch.choice import BACKENDS
-from clora_kernels.selftest import selftest
+from clora_kernels.selftest import Case, selftest
 from clora_kernels.testing import dispatched
 
 X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
@@ -75,6 +77,33 @@ def test_explain_checks_arguments_and_runs_nothing():
     assert not ran
 
 
+def test_explain_checks_as_the_call_itself_does():
+    """The same error, word for word, from explain and from the call."""
+    training, merged = RoutedLoRALinear(8, 6, 4), RoutedLoRALinear(8, 6, 4)
+    for layer in (training, merged.eval()):
+        layer.merge()
+    adapter = RoutedLoRA(W, A, B)
+    for fn, args, kwargs in (
+        (ck.routed_lora_linear_group, (X, [3]), {}),
+        (ck.routed_lora_linear_group, (X, []), {}),
+        (ck.routed_lora_linear_group, (X, 3), {}),
+        (ck.routed_lora_linear_group, (X, [adapter, RoutedLoRA(W, A, B.mT)]), {}),
+        (ck.routed_lora_linear, (X, W, A, B), {"training": "yes"}),
+        (ck.routed_lora_linear, (X, None, A, B), {}),
+        (ck.routed_lora_delta, (X, A, B), {"base_output": X}),
+        (ck.dropout_mask, (X, 2.0, torch.tensor(0)), {}),
+        (ck.dropout_mask, (X, 0.5, None), {}),
+        (training, (X,), {}),
+        (merged, (X,), {"gate": torch.ones(4)}),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as called:
+            fn(*args, **kwargs)
+        with pytest.raises(called.type, match=re.escape(str(called.value))):
+            ck.explain(fn, *args, **kwargs)
+    with pytest.raises(TypeError):
+        ck.explain(training.unmerge() or training, X, torch.ones(4))
+
+
 def test_explain_and_info_know_the_mask():
     seed = torch.tensor(1)
     built = extension.has_op("dropout_mask", "cpu")
@@ -91,12 +120,29 @@ def test_explain_a_merged_layer():
 
 def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = selftest(device)
+    report = selftest(device, seconds=300)
     assert report.ok and len(report.cases) == 15 and len(report.ratios) == 4, str(report)
+    assert all(ratio > 0 for ratio in report.ratios.values())
     right = ck.routed_lora_linear
     monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
     wrong = selftest(device)
     assert not any(case.ok for case in wrong.cases) and not wrong.ratios and "15 failed" in str(wrong)
+
+
+def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch):
+    clock = [0]
+
+    def measure(fn, backward, device):
+        clock[0] += 1
+        return 2.0
+
+    monkeypatch.setattr("clora_kernels.selftest._check", lambda dtype, device: [Case(str(dtype), True, "")])
+    monkeypatch.setattr("clora_kernels.selftest._seconds", measure)
+    monkeypatch.setattr("clora_kernels.selftest.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    report = selftest(torch.device("cpu"), seconds=2 * 8 + 5)
+    assert len(report.cases) == 3 and clock[0] == 22, "a round is two measurements, the eleventh the last to begin"
+    assert list(report.ratios.values()) == [1.0, 1.0, None, None]
+    assert str(report).count("left out: the time was up") == 2
 
 
 def test_why_triton_is_not_there(monkeypatch):

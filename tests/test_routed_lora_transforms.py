@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from strategies import call, dy_for
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import RoutedLoRA, routed_lora_linear
@@ -200,3 +202,47 @@ def test_operator_outputs_are_tensors_of_their_own_and_p_takes_no_gradient(devic
     outputs = torch.ops.clora_kernels.routed_lora(x, tensors, given, "aten")
     assert len({t.untyped_storage().data_ptr() for t in outputs}) == 4
     assert [t.requires_grad for t in outputs] == [True, True, False, False]
+
+
+def bank_inputs(device):
+    inputs = make_inputs(**{**SMALL, "scaling": 0.5}, bank=3, device=device)
+    return inputs, {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+def test_a_bank_under_fake_tensors(device, backend):
+    inputs, tensors = bank_inputs(device)
+    with FakeTensorMode() as mode:
+        fake = {k: mode.from_tensor(v) for k, v in tensors.items()}
+        y = routed_lora_linear(**{**inputs, **fake}, backend=backend)
+    assert y.shape == (2, 3, 4) and y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_bank_is_traced_and_its_index_still_checked(device, backend, tracing):
+    inputs, tensors = bank_inputs(device)
+
+    def run(*values):
+        return routed_lora_linear(**{**inputs, **dict(zip(tensors, values, strict=True))}, backend=backend)
+
+    graph = make_fx(run, tracing_mode=tracing)(*tensors.values())
+    other = {**tensors, "routing_index": tensors["routing_index"].flip(0)}
+    assert torch.equal(graph(*other.values()), run(*other.values()))
+    if backend == "auto" and device.type == "cpu":
+        with pytest.raises(IndexError, match=r"routing_index\[0\]: got 3, expected 0 <= index < 3"):
+            graph(*{**tensors, "routing_index": tensors["routing_index"] * 0 + 3}.values())
+
+
+def test_vmap_over_samples_of_a_bank(device):
+    inputs, _ = bank_inputs(device)
+    x, index = inputs.pop("x"), inputs.pop("routing_index")
+
+    def of_sample(x, index):
+        return routed_lora_linear(x[None], routing_index=index[None], **inputs, backend="reference")[0]
+
+    y = routed_lora_linear(x, routing_index=index, **inputs)
+    torch.testing.assert_close(torch.func.vmap(of_sample)(x, index), y)
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match=r"routing_index\[0, 0\]: got -1, expected 0 <= index < 3"):
+            torch.func.vmap(of_sample)(x, index * 0 - 1)

@@ -28,11 +28,16 @@ def dropout_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    check_x(x)
-    if dropout_seed is None:
-        raise TypeError("dropout_seed: got None, expected a 0-dim int64 tensor")
-    check_dropout(dropout_p, dropout_seed, x)
+    check_mask(x, dropout_p, dropout_seed)
     seed, threshold = dropout_tensors(dropout_p, dropout_seed, True, x)
     if seed is None or threshold is None:
         return torch.ones(x.shape, dtype=torch.bool, device=x.device)
     return kernel(seed, threshold, 0, math.prod(x.shape[:-1]), x.shape[-1]).reshape(x.shape)
+
+
+def check_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor) -> None:
+    """Raise as :func:`dropout_mask` would for these arguments."""
+    check_x(x)
+    if dropout_seed is None:
+        raise TypeError("dropout_seed: got None, expected a 0-dim int64 tensor")
+    check_dropout(dropout_p, dropout_seed, x)

@@ -73,13 +73,16 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
         ValueError: a file of something else, or of another method or model.
     """
     require("safetensors")
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: got {str(path)!r}, expected a file that save_run wrote")
-    with safe_open(path, framework="pt") as file:
-        structure = json.loads((file.metadata() or {}).get("structure", "{}"))
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {}).get("structure", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"path: got {str(path)!r}, which cannot be read: {error}") from None
     if structure.keys() != {"method", "rng", "objects"}:
         raise ValueError(f"path: got {str(path)!r} without a run in it, expected a file that save_run wrote")
     states = {name: _decode(code, tensors) for name, code in structure.items()}

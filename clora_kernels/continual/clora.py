@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
 from .lora import RoutedLoRAMethod
-from .losses import check_fraction, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import check_fraction, check_number, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
 
 BASES = ("leading", "full", "raw")
 TRAIN_FACTORS = ("always", "first_task")
@@ -50,7 +50,8 @@ class CLoRA(RoutedLoRAMethod):
     the new routing lies where the old one is. Both are None while R_old is zero.
 
     Raises:
-        ValueError: an unknown option; no layer of the model matches.
+        ValueError: an unknown option, a number out of range; no layer of the model matches.
+        TypeError: an ``orthogonality`` or ``energy`` that is no number.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class CLoRA(RoutedLoRAMethod):
         for name, value, known in (("basis", basis, BASES), ("train_factors", train_factors, TRAIN_FACTORS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-        if orthogonality < 0:
-            raise ValueError(f"orthogonality: got {orthogonality!r}, expected a weight of at least 0")
+        check_number("orthogonality", orthogonality)
+        if not 0 <= orthogonality < math.inf:
+            raise ValueError(f"orthogonality: got {orthogonality!r}, expected a finite weight of at least 0")
         check_fraction("energy", energy)
         self.orthogonality, self.basis, self.energy = orthogonality, basis, energy
         self.train_factors = train_factors

@@ -7,6 +7,8 @@ Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of wha
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor
         ``[..., r, r]`` in the matrix' dtype.
 
     Raises:
-        ValueError: energy outside [0, 1].
+        TypeError, ValueError: energy that is no number from 0 to 1.
     """
     check_fraction("energy", energy)
     left, sigma, _ = torch.linalg.svd(matrix.double())
@@ -53,9 +55,16 @@ def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise ValueError, naming the argument, for a value outside [0, 1]."""
+    """Raise, naming the argument, TypeError for what is no number and ValueError for one outside [0, 1]."""
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value!r}, expected a fraction from 0 to 1")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError, naming the argument, for what is no number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 
 def low_rank_norm(left: Tensor, right: Tensor) -> Tensor:

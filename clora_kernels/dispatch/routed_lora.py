@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..kernels.routed_lora.tables import Table, call_of, table_of
-from ..library import autocast_is_on, define_operator
+from ..library import PLAIN_TYPES, autocast_is_on, define_operator
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 
@@ -40,11 +40,15 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
     """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
     that it wins, ``native`` for a plain layer with little to compute on a CPU, else ``aten``, the only backend that is
     proved on every device. Forward and backward of a call come to the same."""
-    check_backend(backend)
-    table = table_of(x) if backend == "auto" else None
-    wins, why = _says(table, x, projections) if table and table.calls else (False, table.silence if table else "")
-    if wins:
-        return _choice("triton", backend, why)
+    why = ""
+    if backend != "auto":
+        check_backend(backend)
+    elif (table := table_of(x)).calls:
+        wins, why = _says(table, x, projections)
+        if wins:
+            return _choice("triton", backend, why)
+    else:
+        why = table.silence
     if backend in ("auto", "native"):
         why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:
@@ -114,17 +118,22 @@ def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | No
 
 def check_index(j: Projection, prefix: str = "") -> None:
     """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
-    alone."""
-    if j.routing_index is None or not j.routing_index.numel():
+    alone. An index without values (fake tensors, tracers) is checked when the operator runs."""
+    index = j.routing_index
+    if index is None or not index.numel():
         return
-    if not j.routing_index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # vmap batches no nonzero, and needs none
+        index = torch._C._functorch.get_unwrapped(index)
+    if type(index) not in PLAIN_TYPES:
+        return
+    if not index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
         return
     T = j.routing.shape[0]
-    bad = ((j.routing_index < 0) | (j.routing_index >= T)).nonzero()
+    bad = ((index < 0) | (index >= T)).nonzero()
     if len(bad):
-        position = int(bad[0])
-        got = int(j.routing_index[position])
-        raise IndexError(f"{prefix}routing_index[{position}]: got {got}, expected 0 <= index < {T}")
+        position = bad[0].tolist()
+        got = int(index[tuple(position)])
+        raise IndexError(f"{prefix}routing_index{position}: got {got}, expected 0 <= index < {T}")
 
 
 def _in_bounds(j: Projection) -> Projection:

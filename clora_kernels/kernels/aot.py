@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -160,7 +161,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a line for each compilation; returns the exit status: 1 if one failed."""
+    """Print a line for each compilation; returns the exit status: 1 if one failed, or none could be tried."""
+    try:
+        _declared(options.package)
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"{options.package}: {error}", file=sys.stderr)
+        return 1
     reports = judge_all(options.package)
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd.routed_lora.arguments import DTYPES
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -26,8 +28,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear and not is_conv1d:
         return f"{type(module).__name__} is neither nn.Linear nor Conv1D"
     weight = module.get_parameter("weight")
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not a floating-point tensor"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, not one of {', '.join(map(str, DTYPES))}"
     return None
 
 
@@ -39,6 +41,8 @@ class AdapterLinear(nn.Linear):
     _unmerged: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_base(nn.Linear, {"in_features": in_features, "out_features": out_features})
 
@@ -72,6 +76,12 @@ class AdapterLinear(nn.Linear):
         linear.training = self.training
         return linear
 
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as nn.Linear does and start the adapter anew: what is called after ``to_empty``."""
+        super().reset_parameters()
+        if self._adapter_names():  # nn.Linear's constructor comes here before there is one
+            self.reset_adapter()
+
     def reset_adapter(self) -> None:
         """Start the adapter anew, so that the layer is its base layer."""
         raise NotImplementedError
@@ -81,7 +91,9 @@ class AdapterLinear(nn.Linear):
         raise NotImplementedError
 
     def check_mergeable(self) -> None:
-        """Raise ValueError where the adapter has no single merged weight."""
+        """Raise ValueError where there is no single merged weight to write."""
+        if "weight" not in self._parameters:
+            raise ValueError("weight: got a parametrized one, expected a plain Parameter, which a merge can overwrite")
 
     @property
     def merged(self) -> bool:
@@ -99,7 +111,7 @@ class AdapterLinear(nn.Linear):
                 be had back; these two overwrite the weight's memory, also for whatever is tied to it).
 
         Raises:
-            ValueError: an unknown backup; an adapter that has no single merged weight.
+            ValueError: an unknown backup; an adapter that has no single merged weight; a parametrized weight.
             RuntimeError: merged before with backup=None.
         """
         if backup not in ("device", "cpu", None):
@@ -109,7 +121,8 @@ class AdapterLinear(nn.Linear):
             self.unmerge()
         original = self.weight
         if backup == "device":
-            self.weight = nn.Parameter(torch.empty_like(original), requires_grad=False)
+            with torch.inference_mode(False):  # else it could not be used later where gradients are needed
+                self.weight = nn.Parameter(torch.empty_like(original), original.requires_grad)
             self._write_merged(original, into=self.weight)
             self._keep(original)
         else:
@@ -128,7 +141,7 @@ class AdapterLinear(nn.Linear):
             return
         original = self._original()
         if isinstance(original, nn.Parameter):
-            self.weight = original
+            self.weight = original.requires_grad_(self.weight.requires_grad)
         else:
             self.weight.copy_(original)
         self._keep(None)
@@ -185,6 +198,8 @@ class AdapterLinear(nn.Linear):
         """Raise as :meth:`load_adapter_state_dict` would; change nothing."""
         if self._merged:
             raise RuntimeError("layer is merged: call unmerge() before loading an adapter")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a mapping of names to tensors")
         own = self.adapter_state_dict()
         missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         if missing or unexpected:
@@ -229,11 +244,13 @@ class AdapterLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         adapter = {prefix + k for k in self._adapter_names()}
-        if not adapter & state_dict.keys():
+        if not adapter & state_dict.keys() and not any(t.is_meta for t in self.adapter_state_dict().values()):
             missing_keys[:] = [k for k in missing_keys if k not in adapter]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if isinstance(self._unmerged, nn.Parameter):
             self._unmerged.data = fn(self._unmerged.data)
+        elif self._unmerged is not None:  # on the CPU, where it stays
+            self._keep(self._unmerged.to(self.weight.dtype))
         return self

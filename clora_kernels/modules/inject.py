@@ -35,7 +35,8 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
     """Replace the linear layers of ``model`` that ``targets`` name by ``factory(layer)``, in place.
 
     Args:
-        model: any module; a layer that stands in several places is made once and replaced in all of them.
+        model: any module; a layer that stands in several places is made once and replaced in all of them, whichever a
+            target names.
         factory: gets the nn.Linear (or Conv1D), returns its replacement, for instance
             ``lambda linear: RoutedLoRALinear.from_linear(linear, r=8)``.
         targets: as in PEFT: a list of names, each of which matches the end of a module's path at a dot (``"q_proj"``,
@@ -47,29 +48,38 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
         nn.TransformerEncoderLayer) are left alone. Nothing is frozen: :func:`freeze_base` does that.
 
     Raises:
-        ValueError: nothing was swapped; says what the model has instead.
-        TypeError: targets of another type, or a factory that returns no module. The model is as it was each time.
+        ValueError: nothing was swapped; says what the model has instead. Targets that are no regular expression.
+        TypeError: a model or targets of another type, a factory that cannot be called or returns no module. The model
+            is as it was each time.
     """
     matches, unmatched = _match(model, targets)
-    left = [(name, why) for name, module, parent in matches if (why := _why_left(module, parent)) is not None]
-    skipped = {name for name, _ in left}
+    reasons = {module: why for _, module, parent in matches if (why := _why_left(module, parent)) is not None}
     made: dict[nn.Module, nn.Module] = {}
-    for name, module, _ in matches:
-        if name not in skipped and module not in made:
+    for _, module, _ in matches:
+        if module not in reasons and module not in made:
             made[module] = _made_by(factory, module)
+    left = [(name, reasons[module]) for name, module, _ in matches if module in reasons]
     if not made:
-        linear = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
-        reasons = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])
-        have = f"linear layers are {', '.join(linear[:10])}{', ...' if len(linear) > 10 else ''}" if linear else "none"
-        raise ValueError(f"targets: got {targets!r}, which swaps nothing in {type(model).__name__} ({have}){reasons}")
-    swapped = [name for name, _, _ in matches if name not in skipped]
+        told = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])
+        got = f"{targets!r}, which swaps nothing in {type(model).__name__}"
+        raise ValueError(f"targets: got {got} ({_linear_layers(model)}){told}")
+    swapped = [name for name, module, _ in matches if module in made]
     for name, module, parent in matches:
-        if name not in skipped:
+        if module in made:
             setattr(parent, name.rpartition(".")[2], made[module])
     return InjectReport(swapped, left, unmatched)
 
 
+def _linear_layers(model: nn.Module) -> str:
+    if why_not_adaptable(model) is None:
+        return "which is itself a linear layer and can only be swapped within a model"
+    linear = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
+    return f"linear layers are {', '.join(linear[:10])}{', ...' if len(linear) > 10 else ''}" if linear else "none"
+
+
 def _made_by(factory: Callable[[nn.Module], nn.Module], linear: nn.Module) -> nn.Module:
+    if not callable(factory):
+        raise TypeError(f"factory: got {type(factory).__name__}, expected a function of an nn.Linear")
     made = factory(linear)
     if not isinstance(made, nn.Module):
         raise TypeError(f"factory: got {type(made).__name__} from it, expected an nn.Module")
@@ -210,32 +220,48 @@ def _check_untied(model: nn.Module, layers: dict[str, AdapterLinear], backup: st
 
 
 def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    _check_model(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without an adapted layer, expected at least one")
     return layers
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+
+
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, module, parent) of everything below ``model``, shared modules once for each place they stand in."""
-    for parent_name, parent in list(model.named_modules()):
+    """(path, module, parent) of everything below ``model``, shared modules once for each path to them."""
+    for parent_name, parent in list(model.named_modules(remove_duplicate=False)):
         for child_name, child in list(parent._modules.items()):
             if child is not None:
                 yield (f"{parent_name}.{child_name}" if parent_name else child_name), child, parent
 
 
 def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[str]]:
-    """Children that a target names, and targets that name nothing. A regular expression that matches containers is
-    fine."""
+    """Children that a target names, with the other places they stand in, and targets that name nothing. A regular
+    expression that matches containers is fine."""
+    _check_model(model)
+    children = list(_children(model))
     if isinstance(targets, (str, re.Pattern)):
-        pattern = re.compile(targets)
-        leaves = [child for child in _children(model) if not child[1]._modules]
-        named = {pattern.pattern: [child for child in leaves if pattern.fullmatch(child[0])]}
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets: got {targets!r}, expected a regular expression: {error}") from None
+        named = {pattern.pattern: [c for c in children if not c[1]._modules and pattern.fullmatch(c[0])]}
     elif not isinstance(targets, Iterable):
         raise TypeError(f"targets: got {type(targets).__name__}, expected names or one regular expression")
     else:
-        named = {t: [c for c in _children(model) if c[0] == t or c[0].endswith("." + t)] for t in targets}
+        targets = list(targets)
+        for i, t in enumerate(targets):
+            if not isinstance(t, str):
+                raise TypeError(f"targets[{i}]: got {type(t).__name__}, expected a name; an expression stands alone")
+        named = {t: [c for c in children if c[0] == t or c[0].endswith("." + t)] for t in targets}
     matches = {place[0]: place for found in named.values() for place in found}
+    modules = {module for _, module, _ in matches.values()}
+    matches |= {place[0]: place for place in children if place[1] in modules}
     return list(matches.values()), [target for target, found in named.items() if not found]
 
 

@@ -13,14 +13,14 @@ DISPATCH = mutants_of(
         (
             "negative-index-passes",
             "a negative routing_index is not refused",
-            "bad = ((j.routing_index < 0) | (j.routing_index >= T))",
-            "bad = (j.routing_index >= T)",
+            "bad = ((index < 0) | (index >= T))",
+            "bad = (index >= T)",
         ),
         (
             "index-one-too-large-passes",
             "routing_index = T is not refused",
-            "(j.routing_index >= T)",
-            "(j.routing_index > T)",
+            "(index >= T)",
+            "(index > T)",
         ),
         (
             "fake-dtype-of-y",
@@ -61,8 +61,8 @@ DISPATCH = mutants_of(
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            "    check_backend(backend)\n",
-            "",
+            "        check_backend(backend)\n",
+            "        why = backend\n",
         ),
         (
             "reference-taken-for-aten",

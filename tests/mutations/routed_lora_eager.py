@@ -111,13 +111,13 @@ EAGER += mutants_of(
         (
             "x-of-a-subclass",
             "a tensor subclass in place of x does not see the operator",
-            "and type(x) in _PLAIN\n",
+            "and type(x) in PLAIN_TYPES\n",
             "and True\n",
         ),
         (
             "tensors-of-a-subclass",
             "a tensor subclass beside x does not see the operator",
-            "and _PLAIN.issuperset(map(type, tensors))\n",
+            "and PLAIN_TYPES.issuperset(map(type, tensors))\n",
             "and True\n",
         ),
     ],

@@ -31,14 +31,14 @@ _LAYER = mutants_of(
         (
             "merged-in-training",
             "a merged layer trains without its adapter",
-            "            if self.training:\n",
-            "            if self.training and gate is not None:\n",
+            "        if self.training:\n",
+            "        if self.training and gate is not None:\n",
         ),
         (
             "merged-drops-the-gate",
             "a merged layer ignores a gate",
-            "            if gate is not None or routing_index is not None:\n",
-            "            if routing_index is not None:\n",
+            "        if gate is not None or routing_index is not None:\n",
+            "        if routing_index is not None:\n",
         ),
         (
             "gate-not-passed",
@@ -141,8 +141,8 @@ _ADAPTER = mutants_of(
         (
             "tied-weight-overwritten",
             "merging with a backup on the device overwrites tensors tied to the weight",
-            "self.weight = nn.Parameter(torch.empty_like(original), requires_grad=False)",
-            "original, self.weight = nn.Parameter(original.clone(), requires_grad=original.requires_grad), original",
+            "self.weight = nn.Parameter(torch.empty_like(original), original.requires_grad)",
+            "original, self.weight = nn.Parameter(original.clone(), original.requires_grad), original",
         ),
         (
             "unmerge-forgets",
@@ -184,14 +184,14 @@ _ADAPTER = mutants_of(
         (
             "plain-checkpoint-refused",
             "a checkpoint of the plain layer is missing the adapter",
-            "        if not adapter & state_dict.keys():\n",
-            "        if not adapter:\n",
+            "        if not adapter & state_dict.keys() and not",
+            "        if not adapter and not",
         ),
         (
             "half-an-adapter-loads",
             "a checkpoint with a part of the adapter loads",
-            "        if not adapter & state_dict.keys():\n",
-            "        if True:\n",
+            "        if not adapter & state_dict.keys() and not",
+            "        if not",
         ),
         (
             "adapter-loads-in-part",

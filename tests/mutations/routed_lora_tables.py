@@ -188,7 +188,7 @@ _DISPATCH = mutants_of(
     "auto",
     _TUNING,
     [
-        ("never-triton", "auto never takes triton", "    if wins:\n", "    if wins is None:\n"),
+        ("never-triton", "auto never takes triton", "        if wins:\n", "        if wins is None:\n"),
         (
             "always-triton",
             "a table that knows the call is one for triton",
@@ -204,8 +204,8 @@ _DISPATCH = mutants_of(
         (
             "silence-untold",
             "nobody is told why the table is not used",
-            '(False, table.silence if table else "")',
-            '(False, "")',
+            "        why = table.silence\n",
+            '        why = ""\n',
         ),
         (
             "reason-untold",
@@ -222,8 +222,8 @@ _DISPATCH = mutants_of(
         (
             "chosen-before-the-draw",
             "auto does not see dropout",
-            "chosen = choose(x, projections).backend if",
-            "chosen = choose(x, [j._replace(threshold=None) for j in projections]).backend if",
+            "chosen = choose(x, projections).backend\n",
+            "chosen = choose(x, [j._replace(threshold=None) for j in projections]).backend\n",
         ),
         (
             "explained-without-dropout",

@@ -19,7 +19,7 @@ from ...dispatch.routed_lora import (
     unpack_projections,
 )
 from ...kernels.routed_lora.algebra import Needs, Projection
-from ...library import LIBRARY, below_autograd
+from ...library import LIBRARY, PLAIN_TYPES, below_autograd
 
 
 class _FirstOrderReverse(torch.autograd.Function):
@@ -86,12 +86,9 @@ def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
         not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
-        and type(x) in _PLAIN
-        and _PLAIN.issuperset(map(type, tensors))
+        and type(x) in PLAIN_TYPES
+        and PLAIN_TYPES.issuperset(map(type, tensors))
     )
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class RoutedLoRABackwardFunction(_FirstOrderReverse):

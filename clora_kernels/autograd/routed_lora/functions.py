@@ -22,6 +22,8 @@ from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
+_PLACE = "adapters[{}]."
+
 
 class RoutedLoRA(NamedTuple):
     """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
@@ -118,6 +120,10 @@ def routed_lora_linear_group(
     Raises:
         As :func:`routed_lora_linear`, the argument's name preceded by ``adapters[j].``.
     """
+    return list(_run(x, _checked_group(adapters), None, training, backend, _PLACE))
+
+
+def _checked_group(adapters: Any) -> list[RoutedLoRA]:
     if not isinstance(adapters, Sequence):
         raise TypeError(f"adapters: got {type(adapters).__name__}, expected a sequence of RoutedLoRA")
     adapters = list(adapters)
@@ -127,7 +133,7 @@ def routed_lora_linear_group(
         if not isinstance(adapter, RoutedLoRA):
             raise TypeError(f"adapters[{i}]: got {type(adapter).__name__}, expected a RoutedLoRA")
         check_tensor(f"adapters[{i}].weight", adapter.weight)
-    return list(_run(x, adapters, None, training, backend, prefix="adapters[{}]."))
+    return adapters
 
 
 def routed_lora_delta(
@@ -171,18 +177,19 @@ def routed_lora_delta(
 def _run(
     x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
 ) -> Sequence[Tensor]:
-    if not isinstance(training, bool):
-        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
+    _check_training(training)
     x, projections = prepare(x, adapters, base_output, prefix)
     # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
     compiling = torch.compiler.is_compiling()
     late = compiling and backend != "reference"
+    chosen = backend
     if late:
         check_backend(backend)
     elif backend != "auto":  # one that cannot run says so before a seed is drawn
-        choose(x, projections, backend)
+        chosen = choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
-    chosen = choose(x, projections).backend if backend == "auto" and not late else backend
+    if backend == "auto" and not late:  # tables tell calls that drop from those that do not
+        chosen = choose(x, projections).backend
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
@@ -193,6 +200,11 @@ def _run(
     if is_plain(x, tensors):
         return RoutedLoRAEagerFunction.apply(x, projections, tuple(given), chosen, *tensors)
     return RoutedLoRAFunction.apply(x, tuple(given), chosen, *tensors)[: len(projections)]
+
+
+def _check_training(training: Any) -> None:
+    if not isinstance(training, bool):
+        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
 
 
 def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:
@@ -249,12 +261,16 @@ def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
 
 def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
     """The choice for a call of one of the functions above with these bound arguments."""
+    base, prefix = arguments.get("base_output"), ""
     if fn is routed_lora_linear_group:
-        adapters, base = list(arguments["adapters"]), None
+        adapters, prefix = _checked_group(arguments["adapters"]), _PLACE
     else:
-        fields = {k: v for k, v in arguments.items() if k not in ("x", "training", "backend", "base_output")}
-        adapters, base = [RoutedLoRA(**{"weight": None, **fields})], arguments.get("base_output")
-    x, projections = prepare(arguments["x"], adapters, base)
+        fields = {k: v for k, v in arguments.items() if k in RoutedLoRA._fields}
+        adapters = [RoutedLoRA(**{"weight": None, **fields})]
+        if fn is routed_lora_linear:
+            check_tensor("weight", adapters[0].weight)
+    _check_training(arguments["training"])
+    x, projections = prepare(arguments["x"], adapters, base, prefix)
     replayed = [a._replace(dropout_seed=torch.tensor(0)) for a in adapters]  # nothing is drawn for an explanation
     projections = [_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
     return choose(x, projections, arguments["backend"])

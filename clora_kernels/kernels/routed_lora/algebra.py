@@ -193,7 +193,7 @@ def backward(
         products = [(s.dy, j.weight) for s, j in zip(sides, projections, strict=True) if j.weight is not None]
         low_rank = [(s.g, s.A, _dropout(j)) for s, j in zip(sides, projections, strict=True)]
         dx = kernels.linear(products, low_rank)
-        dx = dx if len(lead) == 1 else dx.reshape(*lead, dx.shape[1])
+        dx = unflatten(dx, lead)
     learning = [i for i, need in enumerate(needs) if need.lora_A]
     dA: dict[int, Tensor] = {}
     if learning:

@@ -86,7 +86,7 @@ def backward(
             dx = torch.ops.clora_kernels.routed_lora_few_rows.default(dy, j.weight, dx)
         else:
             dx.addmm_(dy, j.weight)
-        dx = dx if len(lead) == 1 else dx.reshape(*lead, dx.shape[1])
+        dx = unflatten(dx, lead)
     if need.scaling:
         dscaling = (compiled.reduce(q, dy, None).mT * j.lora_B).sum()
     dweight = dy.mT @ x_flat if need.weight else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter import AdapterLinear
 from .layer import RoutedLoRALinear
 
 
@@ -50,16 +52,18 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         return self
 
     def _set_slices(self, slices: Sequence[tuple[int, int]], out_features: int) -> None:
-        if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in slices):
-            raise ValueError(f"slices: got {list(slices)}, expected (start, stop) pairs")
-        edges = [edge for pair in slices for edge in pair]
+        try:
+            pairs = [(operator.index(start), operator.index(stop)) for start, stop in slices]
+        except (TypeError, ValueError):
+            raise ValueError(f"slices: got {slices!r}, expected (start, stop) pairs of ints") from None
+        edges = [edge for pair in pairs for edge in pair]
         inside = edges and edges[0] >= 0 and edges[-1] <= out_features
-        if not inside or any(a > b for a, b in itertools.pairwise(edges)) or any(a == b for a, b in slices):
+        if not inside or any(a > b for a, b in itertools.pairwise(edges)) or any(a == b for a, b in pairs):
             raise ValueError(
-                f"slices: got {list(slices)}, expected ascending (start, stop) pairs that do not overlap, within "
+                f"slices: got {pairs}, expected ascending (start, stop) pairs that do not overlap, within "
                 f"0..{out_features}"
             )
-        self.slices = tuple((int(a), int(b)) for a, b in slices)
+        self.slices = tuple(pairs)
 
     def _adapter_shapes(self, routing: bool | int) -> dict[str, tuple[int, ...]]:
         if not isinstance(routing, bool):
@@ -96,7 +100,8 @@ class RoutedLoRAFusedLinear(RoutedLoRALinear):
         return torch.cat([part.to(R.dtype) @ R.mT for part, R in zip(self._parts(self.lora_B), total, strict=True)])
 
     def check_mergeable(self) -> None:
-        """The leading dimension counts slices, not tasks: there is always one merged weight."""
+        """The leading dimension of ``routing`` counts slices, not tasks: it has one merged weight."""
+        AdapterLinear.check_mergeable(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slices={list(self.slices)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class RoutedLoRALinear(AdapterLinear):
         backend: as in :func:`clora_kernels.routed_lora_linear`.
 
     Raises:
-        ValueError, TypeError: r < 1, dropout_p outside [0, 1], a scaling that is no 0-dim number, an adapter_dtype that
-            is not floating, an empty bank, frozen_routing without routing.
+        ValueError, TypeError: r < 1, dropout_p outside [0, 1], a scaling that is no 0-dim number, a dtype or
+            adapter_dtype that is not floating, an empty bank, frozen_routing without routing.
     """
 
     lora_A: nn.Parameter
@@ -99,8 +100,8 @@ class RoutedLoRALinear(AdapterLinear):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r: got {r!r}, expected a rank of at least 1")
+        if isinstance(r, bool) or not hasattr(r, "__index__") or r < 1:
+            raise ValueError(f"r: got {r!r}, expected a rank of at least 1, an int")
         check_dropout(dropout_p, None, self.weight)
         scaling_tensor(scaling, self.weight)
         if adapter_dtype is not None and adapter_dtype not in DTYPES:
@@ -110,7 +111,7 @@ class RoutedLoRALinear(AdapterLinear):
         if frozen_routing and routing is False:
             raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
         check_backend(backend)
-        self.r, self.dropout_p, self.backend = r, dropout_p, backend
+        self.r, self.dropout_p, self.backend = operator.index(r), dropout_p, backend
         self.scaling = scaling
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)
         shapes = self._adapter_shapes(routing)
@@ -164,13 +165,17 @@ class RoutedLoRALinear(AdapterLinear):
             ValueError: merged and called with ``gate`` or ``routing_index``, which the merged weight knows nothing of.
         """
         if self._merged:
-            if self.training:
-                raise RuntimeError("layer is merged: call eval() to use the merged weight, unmerge() to train")
-            if gate is not None or routing_index is not None:
-                name = "gate" if gate is not None else "routing_index"
-                raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
+            self.check_merged_call(gate, routing_index)
             return F.linear(x, self.weight.mT if self.fan_in_fan_out else self.weight, self.bias)
         return routed_lora_linear(**self.call_arguments(x, gate, routing_index, dropout_seed))
+
+    def check_merged_call(self, gate: Tensor | None, routing_index: Tensor | None) -> None:
+        """Raise as :meth:`forward` of a merged layer would."""
+        if self.training:
+            raise RuntimeError("layer is merged: call eval() to use the merged weight, unmerge() to train")
+        if gate is not None or routing_index is not None:
+            name = "gate" if gate is not None else "routing_index"
+            raise ValueError(f"{name}: got a tensor for a merged layer, expected None; call unmerge() first")
 
     def call_arguments(
         self,
@@ -237,6 +242,7 @@ class RoutedLoRALinear(AdapterLinear):
         return self.lora_B.to(total.dtype) @ total.mT
 
     def check_mergeable(self) -> None:
+        super().check_mergeable()
         if self.routing is not None and self.routing.dim() == 3:
             raise ValueError(
                 f"routing: got a bank of {self.routing.shape[0]}, expected a single routing: samples that take "
@@ -254,9 +260,12 @@ class RoutedLoRALinear(AdapterLinear):
         )
 
     def _path(self) -> str:
-        """The backend of a large batch."""
+        """The backend of a large batch, unavailable where a call would raise."""
         lora_A, lora_B, routing, frozen_routing = self.adapter_tensors()
         scaling = scaling_tensor(self.scaling, self.weight)
         tensors = (self.weight, lora_A, lora_B, routing, frozen_routing)
         projection = Projection(*tensors, None, None, self.bias, None, scaling, None, None)
-        return choose(self.weight.new_empty(1, 1).expand(1 << 30, 1), [projection], self.backend).backend
+        try:
+            return choose(self.weight.new_empty(1, 1).expand(1 << 30, 1), [projection], self.backend).backend
+        except ValueError:
+            return f"{self.backend} (unavailable)"
