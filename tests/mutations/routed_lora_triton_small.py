@@ -3,7 +3,7 @@
 from .mutant import Mutant, mutants_of
 
 _FOLDER = "clora_kernels/kernels/routed_lora/triton"
-_TESTS = ("tests/test_routed_lora_triton_primitives.py",)
+_TESTS = ("tests/test_routed_lora_triton_pack.py",)
 
 TRITON_SMALL: list[Mutant] = []
 TRITON_SMALL += mutants_of(
