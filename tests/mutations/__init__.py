@@ -1,10 +1,13 @@
 """The mutants, by the part of the code that they break."""
 
+from .aot import AOT
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
+from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .mutant import Mutant
+from .report import REPORT
 from .routed_lora_algebra import ALGEBRA
 from .routed_lora_arguments import ARGUMENTS
 from .routed_lora_aten import ATEN
@@ -39,6 +42,8 @@ MUTANTS: list[Mutant] = [
     *EAGER,
     *ARGUMENTS,
     *MODULES,
+    *INJECT,
+    *REPORT,
     *NATIVE,
     *TABLES,
     *TUNE,
@@ -46,6 +51,7 @@ MUTANTS: list[Mutant] = [
     *TRITON_BIG,
     *TRITON_LINEAR,
     *TRITON_COMMON,
+    *AOT,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

@@ -1,0 +1,78 @@
+"""Mutants of what the package tells of itself: info, explain and the selftest."""
+
+from .mutant import mutants_of
+
+_EXPLAIN = ("tests/test_report.py",)
+
+REPORT = [
+    *mutants_of(
+        "clora_kernels/report.py",
+        "report",
+        _EXPLAIN,
+        [
+            ("merged-unchecked", "explain takes for a merged layer what its call refuses",
+             '            fn.check_merged_call(called_with.get("gate"), called_with.get("routing_index"))\n', ""),
+            ("gate-of-a-merged-unchecked", "explain takes a gate for a merged layer",
+             'fn.check_merged_call(called_with.get("gate"),', "fn.check_merged_call(None,"),
+            ("mask-unchecked", "explain takes for the mask what its call refuses",
+             "        check_mask(**bound.arguments)\n", ""),
+            ("any-function", "explain takes any function",
+             "    if fn not in _FUNCTIONS:\n", "    if fn is None:\n"),
+            ("positions-of-a-layer-lost", "explain forgets what a layer is called with beside x",
+             "fn.call_arguments(**called_with)", 'fn.call_arguments(called_with["x"])'),
+            ("part-always-there", "info calls every compiled part available",
+             'Availability(p.name, p.state == "loaded",', "Availability(p.name, True,"),
+            ("missing-called-available", "info calls every backend available",
+             "Availability(name, name not in missing,", "Availability(name, True,"),
+            ("mask-always-compiled", "explain names a compiled mask that is not there",
+             'if extension.has_op("dropout_mask", x.device.type):\n', "if x.device.type:\n"),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/autograd/routed_lora/functions.py",
+        "explain",
+        _EXPLAIN,
+        [
+            ("training-unchecked", "explain takes any training",
+             '    _check_training(arguments["training"])\n', ""),
+            ("weight-unchecked", "explain takes a layer without a weight",
+             "        if fn is routed_lora_linear:\n", "        if fn is None:\n"),
+            ("group-unchecked", "explain takes what is no group",
+             '_checked_group(arguments["adapters"]), _PLACE', 'list(arguments["adapters"]), _PLACE'),
+            ("place-unsaid", "explain does not say which layer of a group is wrong",
+             '_checked_group(arguments["adapters"]), _PLACE', '_checked_group(arguments["adapters"]), ""'),
+            ("base-forgotten", "explain knows no base_output",
+             'base, prefix = arguments.get("base_output"), ""', 'base, prefix = None, ""'),
+            ("seed-drawn", "explain draws a seed, after which other draws follow",
+             "[a._replace(dropout_seed=torch.tensor(0)) for a in adapters]", "adapters"),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/selftest.py",
+        "selftest",
+        _EXPLAIN,
+        [
+            ("deadline-forgotten", "timing goes on when the seconds are up",
+             " and time.monotonic() < deadline:", ":"),
+            ("deadline-anew", "each time has all the seconds",
+             "ratios |= _time(dtype, device, deadline)", "ratios |= _time(dtype, device, time.monotonic() + seconds)"),
+            ("deadline-of-checks", "checks are left out when the seconds are up",
+             "for case in _check(dtype, device)]", "for case in _check(dtype, device) if time.monotonic() < deadline]"),
+            ("warm-up-counted", "the round that warms up is counted",
+             "statistics.median(rounds[1:]) if rounds[1:]", "statistics.median(rounds) if rounds[1:]"),
+            ("warm-up-alone", "the round that warms up is a result by itself",
+             "statistics.median(rounds[1:]) if rounds[1:]", "statistics.median(rounds) if rounds"),
+            ("a-round-too-few", "a round is left out",
+             "while len(rounds) <= _ROUNDS and", "while len(rounds) < _ROUNDS and"),
+            ("upside-down", "the frozen linear over the layer",
+             "_seconds(ours, backward, device) / _seconds(frozen, backward, device)",
+             "_seconds(frozen, backward, device) / _seconds(ours, backward, device)"),
+            ("untold", "a time that is left out is not told",
+             'told = "left out: the time was up" if ratio is None', 'told = "" if ratio is None'),
+            ("wrong-but-timed", "a wrong result is timed",
+             "    if all(case.ok for case in cases):\n", "    if cases:\n"),
+            ("failures-pass", "a check that fails passes",
+             'return Case(name, False, f"{type(error)', 'return Case(name, True, f"{type(error)'),
+        ],
+    ),
+]  # fmt: skip
