@@ -18,12 +18,13 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 import triton
 import triton.language as tl
 
+from clora_kernels.kernels.routed_lora import tiles
 from clora_kernels.kernels.routed_lora import triton as kernels
 from clora_kernels.kernels.routed_lora.tiles import LinearTile
 from clora_kernels.kernels.routed_lora.triton import common, linear_kernels
 
 TILE = LinearTile(16, 32, 16, group_m=2)
-DEPTHS = {0: (), 1: (37,), 3: (24, 16, 40), 4: (24, 16, 40, 19)}
+DEPTHS = {0: (), 1: (37,), 3: (24, 16, 40), 4: (24, 16, 40, 20)}
 RANKS = (5, 40, 16, 3)
 
 
@@ -78,7 +79,7 @@ def test_linear_by_pointers(device, with_tiles, products, draws, layout):
 @pytest.mark.parametrize("products", [1, 2, 3])
 def test_linear_by_descriptors(device, with_tiles, monkeypatch, products, draws, layout):
     with_tiles(linear=TILE)
-    monkeypatch.setitem(DEPTHS, products, (40, 16, 24)[:products])
+    monkeypatch.setitem(DEPTHS, products, (24, 40, 16)[:products])
     of, low, exact = whole_call(device, products, draws, BF16, layout, N=48)
     described = common.capability(exact) != 80
     assert checked(of, low, exact) == ["linear_tma_kernel" if described else "linear_kernel"]
@@ -100,10 +101,21 @@ def test_what_cannot_be_described_goes_by_pointers(device):
     assert checked(moved, low, exact) == ["linear_kernel"]
     wide = torch.zeros(37, 48, dtype=torch.float64, device=device)
     assert checked(of, low, exact, None, wide) == ["linear_kernel"]
-    odd, low, exact = whole_call(device, 3, (None,), layout="rows", N=45)
-    assert checked(odd, low, exact) == ["linear_kernel"]
+    odd, low, exact = whole_call(device, 3, (None,), layout="described", N=45)
+    assert checked(odd, low, exact) == ["linear_kernel"], "45 columns of y are not, those of b^T are"
     of, low, exact = whole_call(device, 4, (None,), layout="rows", N=48)
     assert checked(of, low, exact) == ["linear_kernel"], "more products than a launch has descriptors for"
+
+
+def test_the_tile_is_the_one_for_the_call(device, monkeypatch):
+    """The deepest product, the largest rank, a draw in any of the terms."""
+    keys, default = [], tiles.default
+    monkeypatch.setattr(tiles, "default", lambda key: keys.append(key) or default(key))
+    of, low, _ = whole_call(device, 3, (None, 2), BF16, "rows", N=48)
+    kernels.linear(of, low)
+    capability = common.capability(low[0][0])
+    options = {"bucket": 2, "terms": 3, "dropout": True, "tma": capability != 80}
+    assert keys == [tiles.Key("linear", capability, "bf16", N=48, K=40, r=64, **options)]
 
 
 def test_nothing_of_no_rows(device):

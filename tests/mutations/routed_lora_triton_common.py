@@ -86,7 +86,8 @@ TRITON_COMMON += mutants_of(
     _COMPILED,
     [
         ("M-aligned", "M is compiled as a multiple of 16", 'UNALIGNED = ("M", "steps"', 'UNALIGNED = ("steps"'),
-        ("tuples-constant", "tuples are constants", "isinstance(v, tuple) or _is_type(v)", "_is_type(v)"),
+        ("strings-are-types", "a constant that is a string passes for a type",
+         "isinstance(value, str) and value.startswith((\"*\", \"i32\", \"tensordesc\"))", "isinstance(value, str)"),
         ("expects-nothing", "a form expects what it was not told", "expects or Expects()", "Expects(wgmma=False)"),
         ("small-tile", "the tile of a small call", '"bucket": 9, **key', '**key, "bucket": 0'),
         ("warps", "the warps of a tile are forgotten", '"num_warps": tile.num_warps', '"num_warps": 4'),

@@ -112,8 +112,6 @@ TRITON_LINEAR += mutants_of(
          "RANK_TILES=triton.cdiv(r, block_r)", "RANK_TILES=max(r // block_r, 1)"),
         ("dropout-of-first", "only the first term can drop",
          "masked, kind = any(d is not None for _, _, d in low_rank)", "masked, kind = low_rank[0][2] is not None"),
-        ("rows-lost", "the last rows are not written",
-         "tiles = triton.cdiv(M, tile.block_m)", "tiles = max(M // tile.block_m, 1)"),
         ("no-descriptors", "nothing goes by TMA", "kind in TMA_CLASSES and", "False and"),
         ("dtype-of-y", "a y of another dtype is described", "or y.dtype != products[0][0].dtype", "or False"),
         ("y-not-described", "a y that TMA does not take is described", " or not _is_described(y)", ""),
