@@ -29,16 +29,16 @@ RANKS = (5, 40, 16, 3)
 
 
 def whole_call(device, products, draws, dtype=torch.float32, layout="contiguous", M=37, N=45):
-    """Operands of ``linear`` in one layout, and the exact sum."""
+    """Operands of ``linear`` in one layout, and the exact sum, which bf16 has to round."""
     depths = DEPTHS[products]
-    of = [(whole((M, K), 3, device, dtype), whole((K, N), 3, device, dtype)) for K in depths]
+    of = [(whole((M, K), 9, device, dtype), whole((K, N), 9, device, dtype)) for K in depths]
     if layout == "described":  # b comes transposed, as from a weight [N, K]
         of = [(a, b.mT.contiguous().mT) for a, b in of]
     elif layout != "rows":
         of = [(laid_out(a, layout), laid_out(b, layout)) for a, b in of]
     low, exact = [], torch.zeros(M, N, device=device)
     for i, draw in enumerate(draws):
-        q, C = whole((M, RANKS[i]), 3, device, dtype), whole((RANKS[i], N), 3, device, dtype)
+        q, C = whole((M, RANKS[i]), 9, device, dtype), whole((RANKS[i], N), 9, device, dtype)
         if layout not in ("described", "rows"):
             q, C = laid_out(q, layout), laid_out(C, layout)
         dropout = None if draw is None else drawn(device, draw)
