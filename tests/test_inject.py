@@ -211,6 +211,7 @@ def test_to_lora_folds_both_routings_and_names_tensors_as_peft_does(model):
     state = ck.to_lora(model)
     assert list(state)[:2] == [f"base_model.model.0.q_proj.lora_{k}.weight" for k in "AB"]
     assert torch.equal(state["base_model.model.0.q_proj.lora_B.weight"], expected)
+    assert not any(t.requires_grad for t in state.values())
     assert layer.routing is None and layer.frozen_routing is None
     assert_parity({"y": layer(inputs["x"]).detach()}, inputs)
 

@@ -19,10 +19,10 @@ def unchanged(model):
 
 
 def test_a_layer_in_two_places_is_replaced_in_both_whichever_is_named():
-    linear = nn.Linear(4, 4)
+    linear, made = nn.Linear(4, 4), []
     model = nn.ModuleDict({"a": linear, "b": linear})
-    report = ck.inject(model, lora, iter(["a"]))
-    assert report.swapped == ["a", "b"] and report.unmatched == []
+    report = ck.inject(model, lambda layer: made.append(lora(layer)) or made[-1], iter(["a"]))
+    assert report.swapped == ["a", "b"] and report.unmatched == [] and made == [model["a"]]
     assert model["a"] is model["b"] and isinstance(model["b"], RoutedLoRALinear)
 
 
