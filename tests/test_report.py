@@ -185,6 +185,15 @@ def test_command_line(capsys, monkeypatch):
     assert stop.value.code == 2 and "--device nonsense" in capsys.readouterr().err
 
 
+def test_what_cannot_be_compiled_is_told_without_a_traceback(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--package", "nonexistent"]) == 1
+    assert capsys.readouterr().err == "nonexistent: No module named 'nonexistent'\n"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels", "--package", "clora_kernels"]) == 1
+    assert "TRITON_INTERPRET: got 1, expected it unset" in capsys.readouterr().err
+
+
 def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "clora_kernels", "info"], capture_output=True, text=True, check=True)
     assert "routed_lora" in done.stdout

@@ -5,7 +5,7 @@ from .mutant import mutants_of
 AOT = mutants_of(
     "clora_kernels/kernels/aot.py",
     "aot",
-    ("tests/test_aot.py",),
+    ("tests/test_report.py",),
     [
         ("package-untried", "a package that cannot be imported ends in a traceback",
          "        _declared(options.package)\n    except", "        str(options.package)\n    except"),
