@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from clora_kernels.__main__ import main
 from clora_kernels.kernels import declared as registry
 from clora_kernels.kernels import ttgir
 from clora_kernels.kernels.declared import Compilation, Expects, declared
@@ -90,15 +89,6 @@ def test_a_kernel_that_is_not_declared_fails(tmp_path):
     (tmp_path / "some_kernels.py").write_text(textwrap.dedent(source))
     done = run_aot("--package", "some_kernels", path=tmp_path)
     assert done.returncode == 1 and "got none for forgotten" in done.stderr
-
-
-def test_what_cannot_be_compiled_is_told_without_a_traceback(capsys, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert main(["kernels", "--package", "nonexistent"]) == 1
-    assert capsys.readouterr().err == "nonexistent: No module named 'nonexistent'\n"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert main(["kernels", "--package", "clora_kernels"]) == 1
-    assert "TRITON_INTERPRET: got 1, expected it unset" in capsys.readouterr().err
 
 
 def kernel(*names: str) -> SimpleNamespace:

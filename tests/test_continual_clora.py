@@ -240,8 +240,9 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 
 def test_energy_is_checked_where_it_is_given() -> None:
-    with pytest.raises(ValueError, match=r"energy: got 1\.5"):
-        clora(energy=1.5)
-    for option, value in (("energy", None), ("energy", "1"), ("orthogonality", "1"), ("orthogonality", None)):
+    for energy in (1.5, -0.5, math.nan):
+        with pytest.raises(ValueError, match=f"energy: got {energy}, expected a fraction"):
+            clora(energy=energy)
+    for option, value in (("energy", None), ("energy", "1"), ("orthogonality", "1"), ("orthogonality", 1j)):
         with pytest.raises(TypeError, match=f"{option}: got {type(value).__name__}, expected a number"):
             clora(**{option: value})

@@ -176,6 +176,15 @@ def test_a_tied_weight_is_merged_only_where_the_others_keep_theirs(model, backup
     assert same_bits(snapshot(model), before) and torch.equal(model(x), y)
 
 
+def test_a_weight_tied_to_an_embedding_is_not_merged_over_it():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    ck.inject(model, lora, ["head"])
+    with pytest.raises(ValueError, match=r"got 'cpu' .* that embed\.weight and head\.weight share, expected 'device'"):
+        ck.merge_all(model, backup="cpu")
+    assert not model["head"].merged
+
+
 def test_freeze_base_leaves_the_adapters(model):
     ck.inject(model, lora, ["up"])
     model[0].up.lora_A.requires_grad_(False)
@@ -202,6 +211,7 @@ def test_to_lora_folds_both_routings_and_names_tensors_as_peft_does(model):
     state = ck.to_lora(model)
     assert list(state)[:2] == [f"base_model.model.0.q_proj.lora_{k}.weight" for k in "AB"]
     assert torch.equal(state["base_model.model.0.q_proj.lora_B.weight"], expected)
+    assert not any(t.requires_grad for t in state.values())
     assert layer.routing is None and layer.frozen_routing is None
     assert_parity({"y": layer(inputs["x"]).detach()}, inputs)
 

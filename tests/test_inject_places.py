@@ -19,10 +19,10 @@ def unchanged(model):
 
 
 def test_a_layer_in_two_places_is_replaced_in_both_whichever_is_named():
-    linear = nn.Linear(4, 4)
+    linear, made = nn.Linear(4, 4), []
     model = nn.ModuleDict({"a": linear, "b": linear})
-    report = ck.inject(model, lora, ["a"])
-    assert report.swapped == ["a", "b"] and report.unmatched == []
+    report = ck.inject(model, lambda layer: made.append(lora(layer)) or made[-1], iter(["a"]))
+    assert report.swapped == ["a", "b"] and report.unmatched == [] and made == [model["a"]]
     assert model["a"] is model["b"] and isinstance(model["b"], RoutedLoRALinear)
 
 
@@ -88,6 +88,7 @@ def test_flags_set_on_merged_layers_are_those_of_the_unmerged():
     ck.inject(model, lora, ["0", "1"])
     model.eval()
     ck.merge_all(model)
+    assert model[0].weight.requires_grad and model[1].weight.requires_grad
     trainable = ck.freeze_base(model)
     ck.unmerge_all(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable

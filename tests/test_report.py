@@ -74,6 +74,9 @@ def test_explain_checks_arguments_and_runs_nothing():
         with pytest.raises(TypeError):
             ck.explain(ck.routed_lora_linear, X)
         assert ck.explain(ck.routed_lora_linear, X, W, A, B, backend="reference").backend == "reference"
+        state = torch.get_rng_state()
+        ck.explain(ck.routed_lora_linear, X, W, A, B, dropout_p=0.5)
+        assert torch.equal(torch.get_rng_state(), state), "no seed is drawn for an explanation"
     assert not ran
 
 
@@ -95,6 +98,7 @@ def test_explain_checks_as_the_call_itself_does():
         (ck.dropout_mask, (X, 0.5, None), {}),
         (training, (X,), {}),
         (merged, (X,), {"gate": torch.ones(4)}),
+        (RoutedLoRALinear(8, 6, 4), (X,), {"gate": torch.ones(5)}),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError)) as called:
             fn(*args, **kwargs)
@@ -104,12 +108,14 @@ def test_explain_checks_as_the_call_itself_does():
         ck.explain(training.unmerge() or training, X, torch.ones(4))
 
 
-def test_explain_and_info_know_the_mask():
+def test_explain_and_info_know_the_mask(monkeypatch):
     seed = torch.tensor(1)
     built = extension.has_op("dropout_mask", "cpu")
     assert ck.explain(ck.dropout_mask, X, 0.5, seed).backend == ("native" if built else "reference")
     backends = {b.name: b.available for b in ck.info().backends["dropout_mask"]}
     assert backends["reference"] and backends["native (cpu)"] == built
+    monkeypatch.setattr(extension, "has_op", lambda name, device_type: False)
+    assert ck.explain(ck.dropout_mask, X, 0.5, seed).backend == "reference"
 
 
 def test_explain_a_merged_layer():
@@ -152,16 +158,21 @@ def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch
     clock = [0]
 
     def measure(fn, backward, device):
+        """The layer takes as many seconds as measurements were made by then, the frozen linear two."""
         clock[0] += 1
-        return 2.0
+        return clock[0] if fn.__name__ == "ours" else 2.0
 
     monkeypatch.setattr("clora_kernels.selftest._check", lambda dtype, device: [Case(str(dtype), True, "")])
     monkeypatch.setattr("clora_kernels.selftest._seconds", measure)
     monkeypatch.setattr("clora_kernels.selftest.time", SimpleNamespace(monotonic=lambda: clock[0]))
     report = selftest(torch.device("cpu"), seconds=2 * 8 + 5)
     assert len(report.cases) == 3 and clock[0] == 22, "a round is two measurements, the eleventh the last to begin"
-    assert list(report.ratios.values()) == [1.0, 1.0, None, None, None, None]
+    assert list(report.ratios.values()) == [9 / 2, 20 / 2, *[None] * 4], "medians but for the first round"
     assert str(report).count("left out: the time was up") == 4
+    late = selftest(torch.device("cpu"), seconds=0)
+    assert len(late.cases) == 3 and list(late.ratios.values()) == [None] * 6 and clock[0] == 22
+    one_round = selftest(torch.device("cpu"), seconds=1)
+    assert list(one_round.ratios.values()) == [None] * 6 and clock[0] == 24, "the first round warms up"
     assert str(SelftestReport("cpu", [], {"a / b": 0.4})).count("0.400 (2.50 times faster)") == 1
 
 
@@ -192,6 +203,15 @@ def test_command_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["selftest", "--device", "nonsense"])
     assert stop.value.code == 2 and "--device nonsense" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compiled_is_told_without_a_traceback(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--package", "nonexistent"]) == 1
+    assert capsys.readouterr().err == "nonexistent: No module named 'nonexistent'\n"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels", "--package", "clora_kernels"]) == 1
+    assert "TRITON_INTERPRET: got 1, expected it unset" in capsys.readouterr().err
 
 
 def test_module_runs_as_a_program():

@@ -212,9 +212,13 @@ def test_frozen_routing_needs_routing(device):
 def test_index_outside_the_bank(device, monkeypatch, index, backend):
     monkeypatch.setenv("CLORA_CHECK_INDICES", "1")
     inputs = make_inputs(bank=4, device=device)
-    inputs["routing_index"] = torch.tensor([0, index, 3], device=device)
-    with pytest.raises(IndexError, match=rf"routing_index\[1\]: got {index}, expected 0 <= index < 4"):
+    inputs["routing_index"] = torch.tensor([0, index, 7], device=device)
+    with pytest.raises(IndexError, match=rf"^routing_index\[1\]: got {index}, expected 0 <= index < 4"):
         routed_lora_linear(**inputs, backend=backend)
+    x, wrong = inputs.pop("x"), RoutedLoRA(**inputs)
+    right = wrong._replace(routing_index=torch.tensor([0, 3, 3], device=device))
+    with pytest.raises(IndexError, match=rf"^adapters\[1\]\.routing_index\[1\]: got {index}, expected"):
+        routed_lora_linear_group(x, [right, wrong], backend=backend)
 
 
 @pytest.mark.gpu

@@ -63,8 +63,9 @@ def test_a_merge_in_inference_mode_serves_training_of_what_is_below(backup, made
     assert same_bits(snapshot(layer), before)
 
 
-def test_a_parametrized_weight_is_not_merged():
-    layer = make().eval()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_parametrized_weight_is_not_merged(fused):
+    layer = randomize(RoutedLoRAFusedLinear(12, 10, 3, slices=[(0, 4)])).eval() if fused else make().eval()
     parametrize.register_parametrization(layer, "weight", nn.Identity())
     x = torch.randn(2, 12)
     y = layer(x)

@@ -243,6 +243,8 @@ def test_vmap_over_samples_of_a_bank(device):
 
     y = routed_lora_linear(x, routing_index=index, **inputs)
     torch.testing.assert_close(torch.func.vmap(of_sample)(x, index), y)
+    twice = torch.func.vmap(torch.func.vmap(of_sample))(x[None], index[None])
+    torch.testing.assert_close(twice[0], y)
     if device.type == "cpu":
         with pytest.raises(IndexError, match=r"routing_index\[0, 0\]: got -1, expected 0 <= index < 3"):
             torch.func.vmap(of_sample)(x, index * 0 - 1)

@@ -1,12 +1,18 @@
 """The mutants, by the part of the code that they break."""
 
+from .aot import AOT
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
-from .gram_schmidt import GRAM_SCHMIDT
-from .gram_schmidt_native import GRAM_SCHMIDT_NATIVE
+from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
+from .gram_schmidt_calls import CALLS as GS_CALLS
+from .gram_schmidt_native import NATIVE as GS_NATIVE
+from .gram_schmidt_panels import PANELS as GS_PANELS
+from .gram_schmidt_triton import TRITON as GS_TRITON
+from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .mutant import Mutant
+from .report import REPORT
 from .routed_lora_algebra import ALGEBRA
 from .routed_lora_arguments import ARGUMENTS
 from .routed_lora_aten import ATEN
@@ -19,6 +25,10 @@ from .routed_lora_native import NATIVE
 from .routed_lora_needs import NEEDS
 from .routed_lora_pack import PACK
 from .routed_lora_tables import TABLES
+from .routed_lora_triton_big import TRITON_BIG
+from .routed_lora_triton_common import TRITON_COMMON
+from .routed_lora_triton_linear import TRITON_LINEAR
+from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
 from .views import VIEWS
 
@@ -37,11 +47,21 @@ MUTANTS: list[Mutant] = [
     *EAGER,
     *ARGUMENTS,
     *MODULES,
+    *INJECT,
+    *REPORT,
     *NATIVE,
     *TABLES,
     *TUNE,
-    *GRAM_SCHMIDT,
-    *GRAM_SCHMIDT_NATIVE,
+    *GS_ALGEBRA,
+    *GS_CALLS,
+    *GS_NATIVE,
+    *GS_PANELS,
+    *GS_TRITON,
+    *TRITON_SMALL,
+    *TRITON_BIG,
+    *TRITON_LINEAR,
+    *TRITON_COMMON,
+    *AOT,
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *CONTINUAL,

@@ -1,4 +1,4 @@
-"""Mutants of the losses of continual learning."""
+"""Mutants of the losses of continual learning, of their options and of files of a run."""
 
 from .mutant import mutants_of
 
@@ -76,3 +76,46 @@ CONTINUAL = mutants_of(
         ),
     ],
 )
+
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/losses.py",
+    "losses",
+    ("tests/test_continual_losses.py", "tests/test_continual_clora.py"),
+    [
+        ("fraction-of-anything", "an energy that is no number is not told", "    check_number(name, value)\n", ""),
+        ("complex-number", "a complex number passes for a number", "numbers.Real", "numbers.Number"),
+        ("number-of-any-kind", "what is no number is not told",
+         "if not isinstance(value, numbers.Real):", "if value is None:"),
+        ("negative-energy", "a negative energy is not refused", "if not 0.0 <= value <= 1.0:", "if value > 1.0:"),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/clora.py",
+    "clora",
+    ("tests/test_continual_clora.py",),
+    [
+        ("weight-unchecked", "a weight that is no number is not told",
+         '        check_number("orthogonality", orthogonality)\n', ""),
+        ("weight-not-a-number", "a weight of NaN is not refused",
+         "if not 0 <= orthogonality < math.inf:", "if orthogonality < 0 or orthogonality == math.inf:"),
+        ("weight-infinite", "an infinite weight is not refused",
+         "if not 0 <= orthogonality < math.inf:", "if not 0 <= orthogonality:"),
+        ("energy-unchecked-at-first", "a wrong energy is told when a task ends",
+         '        check_fraction("energy", energy)\n', ""),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/checkpoint.py",
+    "checkpoint",
+    ("tests/test_continual_checkpoint.py",),
+    [
+        ("garbage-untold", "a file of garbage is told in the words of safetensors",
+         "except SafetensorError as error:", "except KeyError as error:"),
+        ("missing-untold", "a file that is not there is told in the words of safetensors",
+         "    if not Path(path).is_file():\n", "    if path is None:\n"),
+        ("another-file", "a file of other tensors passes for a run",
+         'if structure.keys() != {"method", "rng", "objects"}:', "if structure is None:"),
+        ("file-without-metadata", "a file without metadata is not told",
+         '(file.metadata() or {}).get("structure", "{}")', 'file.metadata()["structure"]'),
+    ],
+)  # fmt: skip

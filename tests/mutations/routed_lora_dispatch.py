@@ -100,6 +100,48 @@ DISPATCH = mutants_of(
             "dys[0].new_empty(0) if g is None else g.contiguous() for g",
             "dys[0].new_empty(0) if g is None else g for g",
         ),
+        (
+            "vmapped-once",
+            "an index under two vmaps is asked for values that it has not",
+            "    while torch._C._functorch.is_functorch_wrapped_tensor(index):  #",
+            "    if torch._C._functorch.is_functorch_wrapped_tensor(index):  #",
+        ),
+        (
+            "vmapped-never",
+            "an index under vmap is asked for values that it has not",
+            "    while torch._C._functorch.is_functorch_wrapped_tensor(index):  #",
+            "    while index is None:  #",
+        ),
+        (
+            "tracers-asked",
+            "an index without values is asked for them",
+            "    if type(index) not in PLAIN_TYPES:\n",
+            "    if index is None:\n",
+        ),
+        (
+            "tracers-and-vmaps-unasked",
+            "an index under vmap is not checked",
+            "        index = torch._C._functorch.get_unwrapped(index)\n",
+            "        return\n",
+        ),
+        (
+            "index-of-two-dimensions",
+            "of an index of two dimensions the row alone is told",
+            "position = bad[0].tolist()",
+            "position = bad[0].tolist()[:1]",
+        ),
+        (
+            "index-of-the-last",
+            "the last wrong index is told",
+            "position = bad[0].tolist()",
+            "position = bad[-1].tolist()",
+        ),
+        (
+            "index-in-no-place",
+            "a wrong index of a group is told without its layer",
+            'raise IndexError(f"{prefix}routing_index',
+            'raise IndexError(f"routing_index',
+        ),
     ],
 ) + mutants_of(
     _FILE,

@@ -220,57 +220,71 @@ _ADAPTER = mutants_of(
     ],
 )
 
-_MERGEABLE, _RESTORABLE = "        layer.check_mergeable()\n", "        layer.check_restorable()\n"
-_EACH = "    for layer in layers.values():\n"
+_STATE_TESTS = ("tests/test_routed_lora_layer_state.py", *_TESTS)
 
-_INJECT = mutants_of(
-    "clora_kernels/modules/inject.py",
-    "inject",
-    ("tests/test_inject.py", "tests/test_integrations_peft.py"),
-    [
-        (
-            "merge-all-in-part",
-            "layers are merged before one that cannot be",
-            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
-            _RESTORABLE + '    if backup != "device":',
-        ),
-        (
-            "merge-all-beside-one-that-is-gone",
-            "layers are merged before one whose weight is gone",
-            _MERGEABLE + _RESTORABLE + '    if backup != "device":',
-            _MERGEABLE + '    if backup != "device":',
-        ),
-        (
-            "merge-all-over-tied-weights",
-            "a weight that another module shares gets the adapter there too",
-            '    if backup != "device":\n        _check_untied(model, layers, backup)\n',
-            "",
-        ),
-        (
-            "unmerge-all-in-part",
-            "layers are unmerged before one whose weight is gone",
-            _RESTORABLE + _EACH + "        layer.unmerge()\n    return list(layers)",
-            _MERGEABLE + _EACH + "        layer.unmerge()\n    return list(layers)",
-        ),
-        (
-            "merge-all-forgets-the-backup",
-            "merge_all keeps every backup on the device",
-            "layer.merge(backup=backup)",
-            "layer.merge()",
-        ),
-        (
-            "to-lora-in-part",
-            "routings are folded before a bank is met",
-            _MERGEABLE + _RESTORABLE + _EACH + "        layer.fold_routing()",
-            _RESTORABLE + _EACH + "        layer.fold_routing()",
-        ),
-        (
-            "to-lora-exchanges-the-factors",
-            "lora_A goes by the name of lora_B",
-            'lora_B.weight"] = lora_B\n',
-            'lora_B.weight"] = lora_A\n',
-        ),
-    ],
-)
+_STATE = [
+    *mutants_of(
+        "clora_kernels/modules/adapter.py",
+        "adapter",
+        ("tests/test_inject_places.py", *_STATE_TESTS),
+        [
+            ("8-bit", "a weight of 8 bits passes for one that can be adapted",
+             "    if weight.dtype not in DTYPES:\n", "    if not weight.is_floating_point():\n"),
+            ("dtype-unchecked", "a layer is made in any dtype",
+             "if dtype is not None and dtype not in DTYPES:", "if dtype is not None and not dtype:"),
+            ("meta-not-reset", "reset_parameters leaves the adapter as it is",
+             "if self._adapter_names():  #", "if self._adapter_names() and False:  #"),
+            ("parametrized-merged", "a parametrized weight passes for one that can be merged",
+             'if "weight" not in self._parameters:', 'if "weight" not in dir(self):'),
+            ("merged-in-inference-mode", "a weight merged in inference mode serves no training later",
+             "with torch.inference_mode(False):", "with torch.no_grad():"),
+            ("merged-frozen", "a weight that learns is frozen by a merge",
+             "nn.Parameter(torch.empty_like(original), original.requires_grad)",
+             "nn.Parameter(torch.empty_like(original), False)"),
+            ("flag-forgotten", "a flag set on a merged weight is forgotten",
+             "self.weight = original.requires_grad_(self.weight.requires_grad)", "self.weight = original"),
+            ("meta-hidden", "a checkpoint of the plain layer hides an adapter without values",
+             " and not any(t.is_meta for t in self.adapter_state_dict().values())", ""),
+            ("backup-keeps-its-dtype", "a backup on the CPU keeps the dtype that the layer left",
+             "self._keep(self._unmerged.to(self.weight.dtype))", "self._keep(self._unmerged)"),
+            ("any-state", "what is no mapping is taken for a state",
+             "if not isinstance(state_dict, Mapping):", "if state_dict is None:"),
+            ("folds-a-bank", "fold asks nothing of the adapter",
+             "        self.check_mergeable()\n        if self._merged and self._unmerged is None:\n",
+             "        if self._merged and self._unmerged is None:\n"),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/modules/routed_lora/layer.py",
+        "layer",
+        _STATE_TESTS,
+        [
+            ("rank-as-it-came", "the rank keeps the type that it came in",
+             "operator.index(r), dropout_p", "r, dropout_p"),
+            ("rank-of-a-float", "a rank that is a float is not told",
+             'or not hasattr(r, "__index__") or r < 1:', "or r < 1:"),
+            ("rank-of-true", "True is a rank of 1", "if isinstance(r, bool) or not", "if not"),
+            ("repr-says-available", "the repr names a backend that cannot run",
+             'return f"{self.backend} (unavailable)"', "return self.backend"),
+            ("mergeable-if-parametrized", "the layer asks only for a bank before a merge",
+             "        super().check_mergeable()\n", ""),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/modules/routed_lora/fused.py",
+        "fused",
+        _STATE_TESTS,
+        [
+            ("mergeable-if-parametrized", "a fused layer asks nothing before a merge",
+             "        AdapterLinear.check_mergeable(self)\n", ""),
+            ("edges-as-they-came", "edges of slices need not be ints",
+             "(operator.index(start), operator.index(stop))", "(start, stop)"),
+            ("edges-untold", "what is no pair is not told", "except (TypeError, ValueError):", "except KeyError:"),
+            ("empty-slices", "a slice may be empty", " or any(a == b for a, b in pairs)", ""),
+            ("overlap", "slices may overlap", "any(a > b for a, b in itertools.pairwise(edges))", "False"),
+            ("beyond", "a slice may end beyond the layer", " and edges[-1] <= out_features", ""),
+        ],
+    ),
+]  # fmt: skip
 
-MODULES = [*_LAYER, *_ADAPTER, *_INJECT]
+MODULES = [*_LAYER, *_ADAPTER, *_STATE]

@@ -180,13 +180,13 @@ _WRAPPERS = mutants_of(
     "compiled",
     ("tests/test_routed_lora_operator_errors.py", *_LAYER),
     [
+        ("row-0", "expand masks from row 0 on", "first_row, accumulate)\n    return y", "0, accumulate)\n    return y"),
         (
             "takes-fp64",
             "it is said to take fp64",
             "big.is_cpu and big.dtype != torch.float64 and",
             "big.is_cpu and",
         ),
-        ("row-0", "expand masks from row 0 on", "first_row, accumulate)\n    return y", "0, accumulate)\n    return y"),
         (
             "never-accumulates",
             "expand overwrites y",
@@ -209,6 +209,7 @@ _PLAIN_LAYER = mutants_of(
     "layer",
     _LAYER,
     [
+        ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),
         ("takes-a-group", "of a group the first is computed", "if len(projections) > 1:", "if len(projections) > 9:"),
         ("takes-a-gate", "a gate is forgotten", '("routing", "gate")', '("routing",)'),
         (
@@ -224,7 +225,6 @@ _PLAIN_LAYER = mutants_of(
             "not j.scaling.is_cpu",
         ),
         ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
-        ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),
         (
             "few-rows-of-any-weight",
             "a transposed weight is packed for few rows",

@@ -11,6 +11,7 @@ _TILES = mutants_of(
     "tiles",
     (*_TABLES, "tests/test_routed_lora_triton_parts.py"),
     [
+        ("rank-unpadded", "a rank is a block of its own", "1 << (r - 1).bit_length()), most)", "r), most)"),
         (
             "table-unread",
             "every call runs with the default",
@@ -20,7 +21,6 @@ _TILES = mutants_of(
         ("bucket-shifted", "a bucket ends one row early", "(M - 1).bit_length() - 4", "M.bit_length() - 4"),
         ("bucket-endless", "no bucket is the last", "- 4, 0), 10) if", "- 4, 0), 99) if"),
         ("bucket-of-other-rows", "a bucket begins a row early", "(8 << bucket) + 1), 16", "8 << bucket), 16"),
-        ("rank-unpadded", "a rank is a block of its own", "1 << (r - 1).bit_length()), most)", "r), most)"),
         (
             "rank-padded-twice",
             "a power of two is padded to the next",

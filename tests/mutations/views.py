@@ -18,3 +18,19 @@ VIEWS = mutants_of(
         ),
     ],
 )
+
+VIEWS += mutants_of(
+    "clora_kernels/kernels/views.py",
+    "views",
+    ("tests/test_routed_lora_eager.py", *NUMBERS),
+    [
+        ("unflatten-as-a-view", "y is a view, which cannot be changed in place",
+         "torch.ops.aten._unsafe_view.default(t, (*lead, t.shape[1]))", "t.view(*lead, t.shape[1])"),
+        ("unflatten-never", "y has one leading dimension",
+         "return t if len(lead) == 1 else torch.ops", "return t if len(lead) else torch.ops"),
+        ("unflatten-backwards", "the leading dimensions of y change places",
+         "(*lead, t.shape[1])", "(*lead[::-1], t.shape[1])"),
+        ("unflatten-one-row", "a y of no leading dimensions keeps its one row",
+         "return t if len(lead) == 1 else torch.ops", "return t if len(lead) <= 1 else torch.ops"),
+    ],
+)  # fmt: skip

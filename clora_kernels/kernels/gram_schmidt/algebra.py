@@ -11,12 +11,12 @@ algorithm*, 2015):
 
 The step judges what one sweep leaves. Entries of G are off by about ``g``·u of the norms of their columns (u: the unit
 roundoff of the arithmetic), which gives QᵀQ an error of about g·u·‖G‖_F·max_k‖row k of (X, T)‖²; rounding X adds
-u·‖X‖_F; and P, orthonormal to about ``BASIS``·u, leaves ``BASIS``·u·‖T‖_F of itself. A matrix whose sum is within ``ENOUGH``·√r·u is
-``DONE``; one whose Gram matrix is off by ``STABLE`` at most goes ``AGAIN``, on the result of the first sweep, which
-squares the error. What no second sweep mends is the rounding of W·X, of which R makes in column j of Q·R about
-u·√Σ_k(‖column k of (X, T)‖·R_kj)²: more than ``FAITHFUL``·√r·u of that is ``HARD``, and so is all else: a Gram matrix
-that is off by more, a column that may be dependent, squares that are no numbers. Q comes of two applications, never of
-X₁·X₂.
+u·‖X‖_F; and P, orthonormal to about ``BASIS``·u, leaves ``BASIS``·u·‖T‖_F of itself. A matrix whose sum is within
+``ENOUGH``·√r·u is ``DONE``; one whose Gram matrix is off by ``STABLE`` at most goes ``AGAIN``, on the result of the
+first sweep, which squares the error. What no second sweep mends is the rounding of W·X, of which R makes in column j of
+Q·R about u·√Σ_k(‖column k of (X, T)‖·R_kj)²: more than ``FAITHFUL``·√r·u of that is ``HARD``, and so is all else: a
+Gram matrix that is off by more, a column that may be dependent, squares that are no numbers. Q comes of two applications,
+never of X₁·X₂.
 
 Backward needs two reads of the tall operands, ``inner`` and ``combine``, and what is r×r between them.
 """
@@ -64,8 +64,8 @@ class Sweep(NamedTuple):
 
 
 class Primitives(Protocol):
-    """What a backend brings. ``only`` [B] tells which matrices are asked for, None for all; what a primitive returns for
-    the others is not read, and what it writes to for them stays."""
+    """What a backend brings. ``only`` [B] tells which matrices are asked for, None for all: what primitives return for
+    others is not read, and what it would write for them stays."""
 
     def gram(self, columns: Columns, only: Tensor | None) -> tuple[Tensor | None, Tensor]: ...
 

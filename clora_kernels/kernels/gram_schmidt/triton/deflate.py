@@ -1,4 +1,4 @@
-"""``deflate``: the columns one by one in fp64, each projected twice on P and on the columns before it: right on any input."""
+"""``deflate``: the columns one by one in fp64, each projected twice on P and on the columns before it."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def deflate_matrix(
 
 @triton.jit(do_not_specialize=["batch", "d"])
 def deflate_kernel(
-    V_ptr, V_strides, P_ptr, P_strides, W_ptr, Q_ptr, Q_strides, R_ptr, rank_ptr, hard_ptr, rank_tol, batch, d, k, r, room,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    V_ptr, V_strides, P_ptr, P_strides, W_ptr, Q_ptr, Q_strides, R_ptr, rank_ptr, hard_ptr, rank_tol, batch, d, k, r,
+    room, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program takes matrices in turn, those that are hard, in scratch of its own."""
     W_ptr += tl.program_id(0).to(tl.int64) * room

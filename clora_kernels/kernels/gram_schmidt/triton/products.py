@@ -1,5 +1,4 @@
-"""``inner`` and ``combine``: leftᵀ·right and Σ tall·small of batches of tall matrices; Gram matrices and their application
-are these."""
+"""``inner`` and ``combine``: leftᵀ·right and Σ tall·small of batches of tall matrices."""
 
 from __future__ import annotations
 
