@@ -15,8 +15,8 @@ u·‖X‖_F; and P, orthonormal to about ``BASIS``·u, leaves ``BASIS``·u·‖
 ``ENOUGH``·√r·u is ``DONE``; one whose Gram matrix is off by ``STABLE`` at most goes ``AGAIN``, on the result of the
 first sweep, which squares the error. What no second sweep mends is the rounding of W·X, of which R makes in column j of
 Q·R about u·√Σ_k(‖column k of (X, T)‖·R_kj)²: more than ``FAITHFUL``·√r·u of that is ``HARD``, and so is all else: a
-Gram matrix that is off by more, a column that may be dependent, squares that are no numbers. Q comes of two applications,
-never of X₁·X₂.
+Gram matrix that is off by more, a column that may be dependent, squares that are no numbers. Q comes of two
+applications, never of X₁·X₂.
 
 Backward needs two reads of the tall operands, ``inner`` and ``combine``, and what is r×r between them.
 """
