@@ -231,3 +231,18 @@ def test_any_call(call):
         result, grads = evaluate(inputs, dQ, dR, backend=backend, deficient=deficient)
         assert_orthonormal(result, V, P, rank_tol=inputs["rank_tol"], completed=deficient == "random")
         assert all(grads[name].shape == inputs[name].shape and grads[name].isfinite().all() for name in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_basis_in_another_precision(device, backend):
+    """fp64 beside an fp32 V: taken as it is or in fp32, and its gradient comes in fp64."""
+    inputs = make_inputs((2,), 41, 7, k=4, device=device, against_dtype=torch.float64)
+    V, P = inputs["V"].requires_grad_(), inputs["against"].requires_grad_()
+    result = gram_schmidt(V, P, backend=backend)
+    assert_orthonormal(result, V.detach(), P.detach(), ranks=[7, 7])
+    dV, dP = torch.autograd.grad(result.Q.sin().sum() + result.R.sum(), [V, P])
+    assert dV.dtype == torch.float32 and dP.dtype == torch.float64
+    single = gram_schmidt(V, P.float(), backend=backend)
+    expected = torch.autograd.grad(single.Q.sin().sum() + single.R.sum(), [V, P])
+    for got, want in zip((dV, dP), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

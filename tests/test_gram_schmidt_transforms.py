@@ -141,6 +141,18 @@ def test_opcheck(device, name, backend):
 
 
 @pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_opcheck_in_16_bit(device, dtype, backend):
+    inputs = make_inputs(k=3, dtype=TYPES[dtype], device=device)
+    V, P = (t.requires_grad_() for t in inputs.values())
+    torch.library.opcheck(OPS.gram_schmidt, ([V], [P], [True], None, "zero", backend))
+    Q, R, _ = OPS.gram_schmidt([V.detach()], [P.detach()], [True], None, "zero", backend)
+    dQ, dR = gradients_for(inputs)
+    arguments = ([dQ], [dR], [V.detach()], [P.detach()], [True], [Q], [R], [True, True], backend)
+    torch.library.opcheck(OPS.gram_schmidt_backward, arguments)
+
+
+@pytest.mark.parametrize("backend", backends())
 def test_opcheck_of_a_list(device, backend):
     samples = [make_inputs((2,), 11, 4, k=3, seed=1), make_inputs((), 20, 7, seed=2), make_inputs((1,), 11, 4, k=3)]
     Vs = [s["V"].to(device).requires_grad_() for s in samples]
@@ -219,6 +231,9 @@ def test_the_operator_alone_is_differentiable(device, dtype):
         Q, R, rank = OPS.gram_schmidt([V], [P], [True], None, "zero", backend)
         grads = torch.autograd.grad([Q, R], [V, P], [dQ, dR])
         assert all(torch.equal(g, e) for g, e in zip(grads, expected.values(), strict=True)) and not rank.requires_grad
+        Q, R, _ = OPS.gram_schmidt([V.detach()], [P], [True], None, "zero", backend)
+        (of_basis,) = torch.autograd.grad([Q, R], P, [dQ, dR])
+        assert torch.equal(of_basis, expected["against"])
 
 
 @pytest.mark.parametrize("backend", backends())

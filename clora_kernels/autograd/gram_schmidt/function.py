@@ -119,8 +119,6 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A gradient or None for each V and each basis that was given."""
     given, needs = ctx.given, ctx.needs
     n = len(given)
-    if all(g is None for g in grads[: 2 * n]):
-        return [None] * len(needs)
     saved = ctx.saved_tensors
     outputs = saved[len(needs) :]
     # an output that nothing used: zeros without memory
@@ -136,7 +134,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         out = dV + [g for g, there in zip(dP, given, strict=True) if there]
     else:
         out = below_autograd(gram_schmidt_backward, *_operator_arguments(given, needs, ctx.backend, tensors))
-    return [g if need else None for g, need in zip(out, needs, strict=True)]
+    return list(out)
 
 
 def _register() -> None:
