@@ -105,8 +105,11 @@ def test_every_way_is_taken_and_hard_ones_are_left_alone(device):
     assert (out[[0, 2]] == 7).all() and not (out[1] == 7).any()
     _, alone = kernels.gram(columns, sweep.state == DONE)
     assert torch.equal(alone[0], G[0])
+    assert kernels.small(columns, reference.tolerance(None, torch.float32))[2].tolist() == [DONE, DONE, HARD]
     result = gram_schmidt(columns.V, backend="triton")
     assert_orthonormal(result, columns.V, ranks=[6, 6, 5])
+    more = torch.cat([columns.V, columns.V[:, :1].expand(3, 3000, 6) * 0], 1)  # the same, too large for one program
+    assert_orthonormal(gram_schmidt(more, backend="triton"), more, ranks=[6, 6, 5])
 
 
 def test_bits_depend_on_nothing_but_the_matrix(device):
@@ -145,6 +148,21 @@ def test_nothing_is_written_outside(device, offset):
     with guarded(inputs["V"], offset) as V, guarded(inputs["against"], offset) as P:
         result = gram_schmidt(V, P, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_small_matrices_take_one_launch(device):
+    """Once or twice through a sweep, whatever the batch holds, and one more launch for hard ones, which is over at once."""
+    easy = make_inputs((3,), 130, 5, device=device)["V"]
+    skewed = easy[1:2] + 8 * easy[1:2, :, :1]
+    for V in (easy, skewed, torch.cat([skewed, easy])):
+        with launches() as names:
+            result = gram_schmidt(V, backend="triton")
+        assert names in (["small_kernel"], ["small_kernel", "deflate_kernel"])
+        assert_orthonormal(result, V, ranks=[5] * len(V))
+    for d, r in ((60, 17), (1100, 16)):
+        with launches() as names:
+            gram_schmidt(make_inputs((1,), d, r, device=device)["V"], backend="triton")
+        assert "small_kernel" not in names
 
 
 def test_what_is_launched(device):

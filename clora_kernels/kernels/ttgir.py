@@ -75,9 +75,12 @@ class Kernel:
         waiting, seen = [(operand, False)], set()
         while waiting:
             value, indexed = waiting.pop()
-            if (value, indexed) in seen or value.op in DOTS:
+            if (value, indexed) in seen:
                 continue
             seen.add((value, indexed))
+            if value.op in DOTS:  # an operand that is a product itself, but not what that is added to
+                waiting += [(v, False) for v in value.operands[:2] if loop in value.loops]
+                continue
             if value.op in LOADS and loop in value.loops:
                 yield from (Read(name, 1) for name in self._addressed(value.operands[:1]))
             elif value.op == "ttg.local_alloc":

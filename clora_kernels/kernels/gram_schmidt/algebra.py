@@ -67,6 +67,9 @@ class Primitives(Protocol):
     """What a backend brings. ``only`` [B] tells which matrices are asked for, None for all: what primitives return for
     others is not read, and what it would write for them stays."""
 
+    def small(self, columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Q, R and the states after all sweeps, where the backend makes them in one step; else None."""
+
     def gram(self, columns: Columns, only: Tensor | None) -> tuple[Tensor | None, Tensor]: ...
 
     def step(
@@ -102,23 +105,30 @@ def forward(kernels: Primitives, columns: Columns, rank_tol: float) -> GramSchmi
     if V.numel() == 0:
         return empty_result(V)
     B, _, r = V.shape
-    acc = accumulation_dtype(V.dtype)
+    Q, R, state = kernels.small(columns, rank_tol) or _sweeps(kernels, columns, rank_tol)
+    R = R.to(accumulation_dtype(V.dtype))
+    result = GramSchmidtResult(Q, R, torch.full((B,), r, dtype=torch.int32, device=V.device))
+    hard = state != DONE
+    if kernels.any(hard):
+        kernels.deflate(columns, hard, rank_tol, result)
+    return result
+
+
+def _sweeps(kernels: Primitives, columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, R and the states after two sweeps at most."""
+    V, P = columns
     first = kernels.step(*kernels.gram(columns, None), rank_tol, V.dtype)
     state, R, Q = first.state, first.R, torch.empty_like(V)
     kernels.apply(columns, first, Q, None)
     again = state == AGAIN
     if kernels.any(again):
-        swept = Columns(torch.empty_like(V, dtype=acc), columns.P)
+        swept = Columns(torch.empty_like(V, dtype=accumulation_dtype(V.dtype)), P)
         kernels.apply(columns, first, swept.V, again)
         second = kernels.step(*kernels.gram(swept, again), rank_tol, V.dtype, R, again)
         kernels.apply(swept, second, Q, again)
         R = torch.where(again[:, None, None], second.R, R)
         state = torch.where(again, second.state, state)
-    result = GramSchmidtResult(Q, R.to(acc), torch.full((B,), r, dtype=torch.int32, device=V.device))
-    hard = state != DONE
-    if kernels.any(hard):
-        kernels.deflate(columns, hard, rank_tol, result)
-    return result
+    return Q, R, state
 
 
 def complete(
@@ -127,7 +137,7 @@ def complete(
     """Q with random orthonormal columns in the places of dependent ones; Q unrounded, NaN stays. On a GPU, which is not
     waited for, ``orthonormalise`` gets every matrix, on a CPU those that have such places."""
     Q = result.Q
-    places = ((result.R.diagonal(dim1=-2, dim2=-1) == 0) & (result.rank >= 0)[:, None])[:, None, :]
+    places = (result.R.diagonal(dim1=-2, dim2=-1) == 0)[:, None, :]  # none where R is NaN
     chosen = places.flatten(1).any(1).nonzero()[:, 0] if Q.device.type == "cpu" else slice(None)
     if Q.numel() == 0 or (isinstance(chosen, Tensor) and not len(chosen)):
         return Q

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..algebra import Columns, Sweep
 from .deflate import deflate
 from .products import combine, combine_into, inner
+from .small import small
 from .step import step
 
-__all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "step"]
+__all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "small", "step"]
 
 
 def any(flags: Tensor) -> bool:

@@ -135,6 +135,7 @@ def put_R(A_ptr, norms_ptr, before_ptr, R_ptr, r, NB: tl.constexpr):
                     tile = product(
                         tile, A_ptr, r, 1, rows, mask_rows, before_ptr, r, columns, mask_columns, i * NB, end
                     )
+                    tl.debug_barrier()  # of one block R may take the place of the R before it
             put_block(R_ptr, r, i, j, r, tile, NB)
 
 
@@ -152,55 +153,65 @@ def put_norms(G_ptr, norms_ptr, r, NB: tl.constexpr):
 
 
 @triton.jit
+def step_of_matrix(
+    G_ptr, S_ptr, before_ptr, A_ptr, X_ptr, norms_ptr, x_ptr, t_ptr, R_ptr, rank_tol, k, r, NB: tl.constexpr
+):  # fmt: skip
+    """The step of one matrix, its state. ``A``, ``X`` [r, r] and ``norms`` [2, r] are fp64 scratch; where the state is
+    HARD, x, t and R may hold anything."""
+    state = tl.full((), _HARD, tl.int32)
+    lost = put_norms(G_ptr, norms_ptr, r, NB)
+    tl.debug_barrier()
+    if lost == 0:
+        total = unit_columns(G_ptr, S_ptr, A_ptr, norms_ptr, k, r, NB)
+        tl.debug_barrier()
+        if cholesky(A_ptr, X_ptr, r, NB) > 0:
+            invert(A_ptr, X_ptr, r, NB)
+            tl.debug_barrier()
+            of_X, largest = squares_of_rows(X_ptr, r, r, True, NB)
+            of_T = tl.full((), 0.0, tl.float64)
+            squares_of_columns(X_ptr, norms_ptr + r, r, NB)
+            tl.debug_barrier()
+            scaled_rows(X_ptr, norms_ptr, x_ptr, r, NB)
+            tl.debug_barrier()
+            if S_ptr is not None:
+                of_basis(S_ptr, X_ptr, t_ptr, k, r, NB)
+                tl.debug_barrier()
+                of_T, largest_T = squares_of_rows(t_ptr, k, r, False, NB)
+                largest = tl.maximum(largest, largest_T)
+                add_squares(t_ptr, norms_ptr + r, k, r, NB)
+                tl.debug_barrier()
+            worst, pivot = worst_column(A_ptr, norms_ptr + r, r, NB)
+            tl.debug_barrier()
+            put_R(A_ptr, norms_ptr, before_ptr, R_ptr, r, NB)
+            root = tl.sqrt(tl.zeros((), tl.float64) + r)
+            of_gram = tl.sqrt(total) * largest * (_GRAM_ERROR * _ROUNDOFF)
+            error = of_gram + (tl.sqrt(of_X) + tl.sqrt(of_T) * _BASIS) * _ROUNDOFF
+            sound = (of_gram <= _STABLE) & (tl.sqrt(worst) <= root * _FAITHFUL) & (pivot > rank_tol * 1.1)
+            after = tl.where(error <= root * (_ENOUGH * _ROUNDOFF), _DONE, _AGAIN)
+            state = tl.where(sound, after, _HARD)
+    return state
+
+
+@triton.jit
 def step_kernel(
     G_ptr, S_ptr, before_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, t_ptr, R_ptr, state_ptr, only_ptr, rank_tol, k, r,
     NB: tl.constexpr,
 ):  # fmt: skip
-    """One program a matrix. ``A``, ``inverse`` [r, r] and ``columns`` [2, r] are fp64 scratch of it."""
+    """One program a matrix; pointers as in ``step_of_matrix``, of all matrices."""
     b = tl.program_id(0)
     if not is_asked(only_ptr, b):
         return
     b = b.to(tl.int64)
     at = b * r * r
-    G_ptr, A_ptr, X_ptr, norms_ptr = G_ptr + at, A_ptr + at, inverse_ptr + at, columns_ptr + 2 * b * r
     if S_ptr is not None:
         S_ptr, t_ptr = S_ptr + b * k * r, t_ptr + b * k * r
     if before_ptr is not None:
         before_ptr += at
-    lost = put_norms(G_ptr, norms_ptr, r, NB)
-    tl.store(state_ptr + b, _HARD)
-    if lost > 0:
-        return
-    tl.debug_barrier()
-    total = unit_columns(G_ptr, S_ptr, A_ptr, norms_ptr, k, r, NB)
-    tl.debug_barrier()
-    if cholesky(A_ptr, X_ptr, r, NB) <= 0:
-        return
-    invert(A_ptr, X_ptr, r, NB)
-    tl.debug_barrier()
-    of_X, largest = squares_of_rows(X_ptr, r, r, True, NB)
-    squares_ptr = norms_ptr + r
-    of_T = tl.full((), 0.0, tl.float64)
-    squares_of_columns(X_ptr, squares_ptr, r, NB)
-    tl.debug_barrier()
-    scaled_rows(X_ptr, norms_ptr, x_ptr + at, r, NB)
-    tl.debug_barrier()
-    if S_ptr is not None:
-        of_basis(S_ptr, X_ptr, t_ptr, k, r, NB)
-        tl.debug_barrier()
-        of_T, largest_T = squares_of_rows(t_ptr, k, r, False, NB)
-        largest = tl.maximum(largest, largest_T)
-        add_squares(t_ptr, squares_ptr, k, r, NB)
-        tl.debug_barrier()
-    worst, pivot = worst_column(A_ptr, squares_ptr, r, NB)
-    tl.debug_barrier()
-    put_R(A_ptr, norms_ptr, before_ptr, R_ptr + at, r, NB)
-    root = tl.sqrt(tl.zeros((), tl.float64) + r)
-    of_gram = tl.sqrt(total) * largest * (_GRAM_ERROR * _ROUNDOFF)
-    error = of_gram + (tl.sqrt(of_X) + tl.sqrt(of_T) * _BASIS) * _ROUNDOFF
-    sound = (of_gram <= _STABLE) & (tl.sqrt(worst) <= root * _FAITHFUL) & (pivot > rank_tol * 1.1)
-    after = tl.where(error <= root * (_ENOUGH * _ROUNDOFF), _DONE, _AGAIN)
-    tl.store(state_ptr + b, tl.where(sound, after, _HARD))
+    state = step_of_matrix(
+        G_ptr + at, S_ptr, before_ptr, A_ptr + at, inverse_ptr + at, columns_ptr + 2 * b * r, x_ptr + at, t_ptr,
+        R_ptr + at, rank_tol, k, r, NB,
+    )  # fmt: skip
+    tl.store(state_ptr + b, state)
 
 
 def step(
