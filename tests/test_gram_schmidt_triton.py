@@ -151,7 +151,7 @@ def test_nothing_is_written_outside(device, offset):
 
 
 def test_small_matrices_take_one_launch(device):
-    """Once or twice through a sweep, whatever the batch holds, and one more launch for hard ones, which is over at once."""
+    """Once or twice through a sweep, whatever the batch holds; one more launch, over at once, looks for hard ones."""
     easy = make_inputs((3,), 130, 5, device=device)["V"]
     skewed = easy[1:2] + 8 * easy[1:2, :, :1]
     for V in (easy, skewed, torch.cat([skewed, easy])):

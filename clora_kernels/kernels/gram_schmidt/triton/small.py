@@ -1,5 +1,5 @@
-"""``small``: all sweeps of a matrix in one launch, one program a matrix: V comes from memory once, and from the caches as
-often as a sweep needs it."""
+"""``small``: all sweeps of a matrix in one launch, one program a matrix: V comes from memory once, and from the caches
+as often as a sweep needs it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def _form(dtype: str):
     fp64 = ("G_ptr", "A_ptr", "inverse_ptr", "columns_ptr", "R_ptr")
     arguments = {
         "V_ptr": f"*{dtype}", "V_strides": strides, "Q_ptr": f"*{dtype}", "Q_strides": strides, "x_ptr": "*fp32",
-        "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32", "BLOCK_D": ROWS, "NB": MOST_COLUMNS,
+        "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32", "BLOCK_D": ROWS,
+        "NB": MOST_COLUMNS,
         **dict.fromkeys(fp64, "*fp64"),
     }  # fmt: skip
     expects = Expects(wgmma=False, single_buffered=("V_ptr", "x_ptr"))  # what is there comes from the caches
