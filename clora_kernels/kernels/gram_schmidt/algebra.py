@@ -194,4 +194,4 @@ def _solve(R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None, kept: Tensor) 
     Y = torch.linalg.solve_triangular(torch.where(both, R, eye), eye, upper=True).mT
     Z = torch.where(columns, (M.tril() + M.tril(-1).mT) @ Y, dR_JD)
     Y = torch.where(both, Y, zero)
-    return Y, torch.where(rows, Z, zero), dR_JD.mT @ Y
+    return Y, Z, dR_JD.mT @ Y
