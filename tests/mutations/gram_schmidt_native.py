@@ -3,25 +3,23 @@
 from .mutant import mutants_of
 
 _TESTS_1 = (
-    "tests/test_gram_schmidt_native.py",
-    "tests/test_gram_schmidt_zoo.py",
     "tests/test_gram_schmidt_parity.py",
+    "tests/test_gram_schmidt_zoo.py",
+    "tests/test_gram_schmidt_native.py",
     "tests/test_gram_schmidt_options.py",
     "tests/test_gram_schmidt_transforms.py",
 )
 _TESTS_2 = (
     "tests/test_gram_schmidt_parity.py",
-    "tests/test_gram_schmidt_native.py",
     "tests/test_gram_schmidt_zoo.py",
-    "tests/test_gram_schmidt_parity.py",
+    "tests/test_gram_schmidt_native.py",
     "tests/test_gram_schmidt_options.py",
     "tests/test_gram_schmidt_transforms.py",
 )
 _TESTS_3 = (
+    "tests/test_gram_schmidt_parity.py",
     "tests/test_gram_schmidt_zoo.py",
     "tests/test_gram_schmidt_native.py",
-    "tests/test_gram_schmidt_zoo.py",
-    "tests/test_gram_schmidt_parity.py",
     "tests/test_gram_schmidt_options.py",
     "tests/test_gram_schmidt_transforms.py",
 )

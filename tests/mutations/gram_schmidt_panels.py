@@ -3,9 +3,9 @@
 from .mutant import mutants_of
 
 _TESTS = (
-    "tests/test_gram_schmidt_native.py",
-    "tests/test_gram_schmidt_zoo.py",
     "tests/test_gram_schmidt_parity.py",
+    "tests/test_gram_schmidt_zoo.py",
+    "tests/test_gram_schmidt_native.py",
     "tests/test_gram_schmidt_options.py",
     "tests/test_gram_schmidt_transforms.py",
 )
