@@ -34,7 +34,7 @@ def _factor(t: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def _fp32_is_exact() -> bool:
-    """Whether fp32 matmuls are fp32 on every device; what was set backend by backend torch does not tell in one word."""
+    """Whether fp32 matmuls are fp32 on every device; of what is set backend by backend torch tells nothing."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:

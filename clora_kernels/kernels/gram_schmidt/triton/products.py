@@ -25,7 +25,7 @@ def warps_of(columns: int) -> int:
 
 
 def rows_of(exact: bool) -> int:
-    """The rows of one product: few in fp32, where the error of their sums counts; operands of two dtypes are fp32 too."""
+    """The rows of one product: few in fp32, as operands of two dtypes are, where the error of sums counts."""
     return SUMMED_ROWS if exact else ROWS
 
 
