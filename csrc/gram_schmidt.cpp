@@ -83,7 +83,7 @@ class Orthonormaliser {
     for (Sweep& sweep : sweeps_) {
       sweep.X.resize(static_cast<size_t>(padded(r) * ld_));
       sweep.T.resize(static_cast<size_t>(padded(k) * ld_));
-      sweep.R.resize(static_cast<size_t>(r * ld_));
+      sweep.R.resize(static_cast<size_t>(padded(r) * ld_));  // tiles of the Cholesky end beyond its last row
     }
   }
 
@@ -92,7 +92,7 @@ class Orthonormaliser {
     int64_t sweeps = 0;
     State state = kAgain;
     while (state == kAgain && sweeps < 2) state = sweep(p, sweeps++);
-    if (state == kHard) return deflate(p);
+    if (state != kDone) return deflate(p);
     apply(p, sweeps);
     write_R(p, sweeps);
     *p.rank = static_cast<int32_t>(r_);

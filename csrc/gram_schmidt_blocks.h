@@ -91,7 +91,7 @@ struct ByRows {
   int64_t rows;  // of a block
 
   explicit ByRows(int64_t columns) {
-    constexpr int64_t kMost = 64, kLeast = 32, kFloats = 16384;  // panels should stay in the caches
+    constexpr int64_t kMost = 32, kLeast = 32, kFloats = 16384;
     rows = std::max(kLeast, std::min(kMost, kFloats / std::max<int64_t>(columns, 1) / kPad * kPad));
   }
 
@@ -102,7 +102,7 @@ struct ByRows {
   }
   int64_t floats(int64_t columns) const { return rows * ld(columns); }
   static int64_t floats_of_sums(int64_t na, int64_t nb) { return padded(na) * ld(nb); }
-  static int64_t rows_of_sums() { return kSplitRows; }
+  static int64_t rows_of_sums() { return 256; }
 
   // Whether rows of a matrix can be worked on where they lie in memory.
   static bool is_panel(const Tall& m, int64_t n) {
@@ -149,7 +149,7 @@ struct ByColumns {
   int64_t rows;
 
   explicit ByColumns(int64_t columns) {
-    constexpr int64_t kMost = 512, kLeast = 64, kFloats = 4096;
+    constexpr int64_t kMost = 256, kLeast = 64, kFloats = 4096;
     rows = kMost;
     while (rows > kLeast && rows * columns > kFloats) rows /= 2;
   }

@@ -233,7 +233,7 @@ CLORA_INLINE void inner_columns(int64_t n, const float* a, int64_t na, const flo
       float* place = sums + (i * padded_few(nb) + j * kFew) * kLanes;
       Vector acc[kFew][kFew];
 #pragma GCC unroll 16
-      for (int64_t t = 0; t < kFew * kFew; ++t) acc[t / kFew][t % kFew] = at(place + t * kLanes);
+      for (int64_t t = 0; t < kFew * kFew; ++t) acc[t / kFew][t % kFew] = Vector{};
       const float *left = a + i * ld, *right = b + j * ld;
       for (int64_t row = 0; row < n; row += kLanes) {
         Vector r[kFew];
@@ -247,7 +247,7 @@ CLORA_INLINE void inner_columns(int64_t n, const float* a, int64_t na, const flo
         }
       }
 #pragma GCC unroll 16
-      for (int64_t t = 0; t < kFew * kFew; ++t) at(place + t * kLanes) = acc[t / kFew][t % kFew];
+      for (int64_t t = 0; t < kFew * kFew; ++t) at(place + t * kLanes) += acc[t / kFew][t % kFew];
     }
   }
 }

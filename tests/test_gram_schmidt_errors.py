@@ -150,6 +150,15 @@ def test_explain_checks_and_runs_nothing(device):
         explain(gram_schmidt, None)
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         explain(gram_schmidt_foreach, [V, V], [P, P], backend="gpu")
+    for wrong, name in (
+        ({"rank_tol": 5}, "rank_tol"), ({"deficient": "bogus"}, "deficient"), ({"against": V[..., :3, :]}, "against"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            explain(gram_schmidt, V, **wrong)
+    with pytest.raises(TypeError, match="trim: got int"):
+        explain(orthonormal_basis, V, trim=1)
+    with pytest.raises(ValueError, match="against: got 1 for 2 matrices"):
+        explain(gram_schmidt_foreach, [V, V], [P])
     assert explain(gram_schmidt, V, P, backend="reference").backend == "reference"
     assert "named by the caller" in str(explain(orthonormal_basis, V, backend="aten"))
     assert explain(gram_schmidt, V).backend == backends()[-1]

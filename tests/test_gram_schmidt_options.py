@@ -246,3 +246,41 @@ def test_a_basis_in_another_precision(device, backend):
     expected = torch.autograd.grad(single.Q.sin().sum() + single.R.sum(), [V, P])
     for got, want in zip((dV, dP), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank_tol", [1e-2, 0.3, 0.9])
+def test_random_completes_whatever_the_tolerance_of_the_call(device, backend, rank_tol):
+    """Which is that of the columns that came, not of those that are drawn."""
+    inputs = make_inputs((16,), 8, 8, device=device, dependent=(2, 5, 6), noise=1e-3)
+    result = gram_schmidt(inputs["V"], rank_tol=rank_tol, deficient="random", backend=backend)
+    assert_orthonormal(result, inputs["V"], rank_tol=rank_tol, completed=True)
+    zero = gram_schmidt(torch.zeros(70, 70, device=device), rank_tol=rank_tol, deficient="random", backend=backend)
+    assert_orthonormal(zero, torch.zeros(70, 70), ranks=[0], completed=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_matrix_that_is_not_finite_gives_no_gradient_to_a_basis_it_shares(device, backend):
+    inputs = make_inputs((3,), 41, 7, k=4, device=device, against_lead=())
+    spoilt = inputs["V"].clone()
+    spoilt[1, 3, 2] = torch.nan
+    grads = []
+    for V, rows in ((spoilt, [0, 2]), (inputs["V"][[0, 2]], [0, 1])):
+        P = inputs["against"].detach().requires_grad_()
+        grads += torch.autograd.grad(gram_schmidt(V, P, backend=backend).Q[rows].sin().sum(), P)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_precision_that_is_set_backend_by_backend(device, backend):
+    """Of which torch gives no one name, and raises where it is asked for it."""
+    V = make_inputs((2,), 41, 7, device=device)["V"]
+    expected = gram_schmidt(V, backend=backend)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        result = gram_schmidt(V, backend=backend)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert_orthonormal(result, V, ranks=[7, 7])
+    torch.testing.assert_close(result.Q, expected.Q, rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from orthonormal import CASES, TYPES, gradients_for
+from orthonormal import CASES, TYPES, backends, gradients_for
 
 from clora_kernels import gram_schmidt
 from clora_kernels.kernels.gram_schmidt import aten
@@ -111,6 +111,17 @@ def test_a_second_sweep_is_enough(device, dtype, monkeypatch):
         assert (Q == exact.to(Q.dtype)).float().mean() > 0.99
     else:
         assert (Q.double() - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(("d", "r"), [(4096, 1), (4096, 4), (4100, 12), (8192, 16), (4096, 40)])
+def test_columns_of_one_magnitude(device, d, r, backend):
+    """Sums of equal terms round the same way again and again: the worst that fp32 sums of squares can meet."""
+    generator = torch.Generator().manual_seed(d + r)
+    for size in (1.0, 0.7310586, 1.9364917e-2):
+        signs = torch.randint(0, 2, (d, r), generator=generator).to(device) * 2.0 - 1
+        V = torch.stack([size * signs, size * torch.where(torch.arange(r, device=device) == 0, 1.0, signs)])
+        assert_orthonormal(gram_schmidt(V, backend=backend), V, ranks=[r, r])
 
 
 def test_the_default_tolerance():

@@ -8,7 +8,7 @@ from typing import Any
 from operation import Operation
 
 from .checks import check, truths
-from .contestants import BUILDERS, OURS, make_problem
+from .contestants import BUILDERS, OURS, make_problem, why_not
 from .floor import floor
 from .points import CPU_POINTS, GPU_POINTS
 
@@ -30,6 +30,7 @@ OPERATION = Operation(
     truths=truths,
     check=check,
     floor=floor,
+    why_not=why_not,
     note=_traffic,
     note_heading="traffic",
     bounds=("copy",),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clora_kernels import gram_schmidt
+from clora_kernels.dispatch.routed_lora import why_not_triton
 
 from .points import Point
 
@@ -71,6 +72,16 @@ def ours_aten(problem: Problem) -> Contestant:
     return _contestant(problem, lambda V: gram_schmidt(V, problem.P, backend="aten")[:2])
 
 
+def ours_triton(problem: Problem) -> Contestant:
+    """``gram_schmidt`` in Triton kernels, where they run."""
+    return _contestant(problem, lambda V: gram_schmidt(V, problem.P, backend="triton")[:2])
+
+
+def why_not(name: str, point: Point, device: torch.device) -> str | None:
+    """Why a contestant cannot take part on a device; None if it can."""
+    return (why_not_triton(point.dtype, device.type, device.index) or None) if name == "ours_triton" else None
+
+
 def _beside(V: Tensor, P: Tensor | None) -> Tensor:
     """V in fp32, projected twice."""
     V = V.float()
@@ -109,5 +120,5 @@ def copy(problem: Problem) -> Contestant:
     return Contestant(lambda V: (V * 1,), V, (problem.dQ,))  # clone() would hand dQ on as it is
 
 
-OURS = {"ours": ours, "ours_aten": ours_aten}
+OURS = {"ours": ours, "ours_aten": ours_aten, "ours_triton": ours_triton}
 BUILDERS = {"qr": qr, **OURS, "cholesky_qr2": cholesky_qr2, "copy": copy}

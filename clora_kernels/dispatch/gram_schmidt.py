@@ -84,7 +84,7 @@ def run_forward(
     found = run(columns, tol)
     if deficient == "random":
         found = [
-            f._replace(Q=complete(lambda c: run([c], tol)[0], c, f).to(V.dtype))
+            f._replace(Q=complete(lambda c: run([c], tolerance(None, Vs[0].dtype))[0], c, f).to(V.dtype))
             for f, c, V in zip(found, columns, Vs, strict=True)
         ]
     results = list(map(_shaped, found, Vs))
@@ -145,7 +145,10 @@ def run_backward(
     run = layer.backward if backend == "native" else partial(_backward_of_stacks, _primitives(backend))
     found = run(outputs, columns, any(need_V), any(need_P))
     dVs = [_laid_out(dV, V) if need else None for (dV, _), V, need in zip(found, Vs, need_V, strict=True)]
-    dPs = [_of_basis(dP, V, P) if need else None for (_, dP), V, P, need in zip(found, Vs, bases, need_P, strict=True)]
+    dPs = [
+        _of_basis(dP, V, P, R) if need else None
+        for (_, dP), V, P, R, need in zip(found, Vs, bases, Rs, need_P, strict=True)
+    ]
     return dVs, dPs
 
 
@@ -156,13 +159,17 @@ def _backward_of_stacks(
         return stacks.backward(kernels, outputs, columns, need_V, need_P)
 
 
-def _of_basis(dP: Tensor | None, V: Tensor, basis: Tensor | None) -> Tensor | None:
-    """The gradient of a basis that was broadcast, in its dtype."""
+def _of_basis(dP: Tensor | None, V: Tensor, basis: Tensor | None, R: Tensor) -> Tensor | None:
+    """The gradient of a basis that was broadcast, in its dtype; matrices that are not finite give none to one that they
+    share."""
     if basis is None:
         return None
     if dP is None:
         return torch.zeros_like(basis, memory_format=torch.contiguous_format)
-    return dP.reshape(*V.shape[:-2], *basis.shape[-2:]).sum_to_size(basis.shape).to(basis.dtype).contiguous()
+    dP = dP.reshape(*V.shape[:-2], *basis.shape[-2:])
+    if dP.shape != basis.shape and R.numel():
+        dP = torch.where(R[..., :1, :1].isnan(), 0.0, dP)
+    return dP.sum_to_size(basis.shape).to(basis.dtype).contiguous()
 
 
 def _forward(

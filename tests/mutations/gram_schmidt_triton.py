@@ -200,9 +200,6 @@ TRITON = [
             ("only-of-apply", "what was not asked for is written",
              "combine_into(out, terms, only)",
              "combine_into(out, terms, None)"),
-            ("any-never", "nothing goes a second time",
-             'return flags.device.type != "cpu" or bool(flags.any())',
-             'return flags.device.type != "cpu"'),
         ],
     ),
     *mutants_of(

@@ -97,16 +97,7 @@ def gram_schmidt_foreach(
     Raises:
         As :func:`gram_schmidt`, the argument's name followed by its place in the list.
     """
-    Vs = check_list("matrices", matrices)
-    bases: list[Tensor | None] = [None] * len(Vs)
-    if against is not None:
-        if not isinstance(against, Sequence) or isinstance(against, str):
-            raise TypeError(f"against: got {type(against).__name__}, expected a sequence of tensors or None")
-        bases = list(against)
-        if len(bases) != len(Vs):
-            raise ValueError(f"against: got {len(bases)} for {len(Vs)} matrices, expected one, or None, for each")
-    for i, (V, basis) in enumerate(zip(Vs, bases, strict=True)):
-        check_basis(f"against[{i}]", basis, V, f"matrices[{i}]")
+    Vs, bases = _check_lists(matrices, against)
     if not Vs:
         check_backend(backend)
         check_deficient(deficient, [], [])
@@ -137,11 +128,8 @@ def orthonormal_basis(
         ValueError, TypeError: as :func:`gram_schmidt`; ``trim`` for a batch.
         torch.linalg.LinAlgError: with ``trim``, where V or ``against`` holds NaN or Inf.
     """
-    if not isinstance(trim, bool):
-        raise TypeError(f"trim: got {type(trim).__name__}, expected True or False")
     check_matrix("V", V)
-    if trim and V.dim() != 2:
-        raise ValueError(f"trim: got True for V of shape {tuple(V.shape)}, expected one matrix [d, r]")
+    _check_trim(trim, V)
     Q, R, rank = gram_schmidt(V, against, rank_tol=rank_tol, backend=backend)
     dropped = R.detach().diagonal(dim1=-2, dim2=-1) == 0
     order = dropped.to(torch.uint8).argsort(dim=-1, stable=True)
@@ -151,6 +139,30 @@ def orthonormal_basis(
             raise torch.linalg.LinAlgError("V: got a matrix with NaN or Inf, expected one that has a basis")
         Q = Q[:, : int(rank)]
     return OrthonormalBasis(Q, rank)
+
+
+def _check_lists(
+    matrices: Sequence[Tensor], against: Sequence[Tensor | None] | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The matrices of a list and the basis of each."""
+    Vs = check_list("matrices", matrices)
+    bases: list[Tensor | None] = [None] * len(Vs)
+    if against is not None:
+        if not isinstance(against, Sequence) or isinstance(against, str):
+            raise TypeError(f"against: got {type(against).__name__}, expected a sequence of tensors or None")
+        bases = list(against)
+        if len(bases) != len(Vs):
+            raise ValueError(f"against: got {len(bases)} for {len(Vs)} matrices, expected one, or None, for each")
+    for i, (V, basis) in enumerate(zip(Vs, bases, strict=True)):
+        check_basis(f"against[{i}]", basis, V, f"matrices[{i}]")
+    return Vs, bases
+
+
+def _check_trim(trim: Any, V: Tensor) -> None:
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim: got {type(trim).__name__}, expected True or False")
+    if trim and V.dim() != 2:
+        raise ValueError(f"trim: got True for V of shape {tuple(V.shape)}, expected one matrix [d, r]")
 
 
 def _run(
@@ -193,12 +205,20 @@ def _reference(
 
 
 def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
-    """The choice for a call of one of the functions above with these bound arguments."""
+    """The choice for a call of one of the functions above with these bound arguments, which are checked as the call
+    would."""
+    rank_tol, deficient, backend = arguments["rank_tol"], arguments.get("deficient", "zero"), arguments["backend"]
     if fn is gram_schmidt_foreach:
-        Vs = check_list("matrices", arguments["matrices"])
-        if not Vs:
-            return Choice("none", "nothing to do", "the list is empty")
+        Vs, bases = _check_lists(arguments["matrices"], arguments["against"])
     else:
-        check_matrix("V", arguments["V"])
-        Vs = [arguments["V"]]
-    return choose(Vs[0], arguments["backend"])
+        Vs, bases = [arguments["V"]], [arguments["against"]]
+        check_matrix("V", Vs[0])
+        check_basis("against", bases[0], Vs[0], "V")
+    if fn is orthonormal_basis:
+        _check_trim(arguments["trim"], Vs[0])
+    check_deficient(deficient, Vs, bases)
+    if not Vs:
+        check_backend(backend)
+        return Choice("none", "nothing to do", "the list is empty")
+    check_rank_tol(rank_tol, Vs[0].dtype)
+    return choose(Vs[0], backend)

@@ -172,7 +172,8 @@ def backward(
     if need_V:
         dV = kernels.combine([(tall, small.to(acc)) for tall, small in [*of_D0, (P, -inside - A)]], V.dtype)
     if need_P:
-        of_P = [(tall, -small @ S.mT) for tall, small in of_D0] + [(P, inside @ S.mT), (V, -A.mT)]
+        of_V = -A.mT if N is None else -A.mT - N @ S.mT
+        of_P = [(dQ, -Y @ S.mT), (Q, -Z @ S.mT), (V, of_V), (P, inside @ S.mT)]
         dP = kernels.combine([(tall, small.to(acc)) for tall, small in of_P], acc)
     return dV, dP
 

@@ -30,8 +30,15 @@ def any(flags: Tensor) -> bool:
 
 def _factor(t: Tensor, acc: torch.dtype) -> Tensor:
     """A factor of a matmul that must be as exact as ``acc``: in fp64 where the user lets fp32 matmuls be less."""
-    exact = acc == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    return cast(t, acc if exact else torch.float64)
+    return cast(t, acc if acc == torch.float64 or _fp32_is_exact() else torch.float64)
+
+
+def _fp32_is_exact() -> bool:
+    """Whether fp32 matmuls are fp32 on every device; of what is set backend by backend torch tells nothing."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return False
 
 
 def combine(terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ def _alike(columns: Sequence[Columns]) -> list[list[int]]:
     """The places of those that can be stacked, group by group."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (V, P) in enumerate(columns):
-        key = (V.shape[1:], V.mT.is_contiguous(), None if P is None else (P.shape[1:], P.dtype))
+        key = (V.shape[1:], None if P is None else (P.shape[1:], P.dtype))
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 

@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from ..algebra import Columns, Sweep
+from ..aten import any
 from .deflate import deflate
 from .products import combine, combine_into, inner
 from .small import small
 from .step import step
 
 __all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "small", "step"]
-
-
-def any(flags: Tensor) -> bool:
-    """Whether a flag is set; True where the device would have to be waited for."""
-    return flags.device.type != "cpu" or bool(flags.any())
 
 
 def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:

@@ -13,10 +13,10 @@ from ...declared import Expects
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
 from ...routed_lora.triton.forms import form
 
-ROWS = 64  # of a product on the matrix units, whose fp32 sums are short
+ROWS = 64  # of a block
+SUMMED_ROWS = 32  # of fp32 products: the sum of n equal ones is off by up to n/4 roundings
 SPLIT_ROWS = 1024  # of one program; fixed, so that a matrix' bits do not depend on its batch
 MOST_COLUMNS = 64  # of a tile
-TERMS = 4
 
 
 def warps_of(columns: int) -> int:
@@ -24,9 +24,9 @@ def warps_of(columns: int) -> int:
     return 8 if columns > 32 else 4
 
 
-def rows_of(alike: bool, columns: int) -> int:
-    """The rows of one product; operands of two dtypes are widened in registers, which then hold fewer."""
-    return ROWS if alike or columns <= 32 else ROWS // 2
+def rows_of(exact: bool) -> int:
+    """The rows of one product: few in fp32, as operands of two dtypes are, where the error of sums counts."""
+    return SUMMED_ROWS if exact else ROWS
 
 
 def block_of(columns: int) -> int:
@@ -84,12 +84,12 @@ def inner_sums_kernel(parts_ptr, splits, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def inner(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32, only: Tensor | None = None) -> Tensor:
-    """leftᵀ·right [B, m, n] of [B, d, m] and [B, d, n], any strides. Products are fp32 over ``ROWS`` rows and fp64 over
+    """leftᵀ·right [B, m, n] of [B, d, m] and [B, d, n], any strides. Sums are fp32 over ``rows_of`` rows and fp64 over
     those; fp64 parts [B, m, n] of every ``SPLIT_ROWS`` rows are scratch."""
     (B, d, m), n = left.shape, right.shape[2]
     out = torch.empty((B, m, n), dtype=dtype, device=left.device)
     splits, block_m, block_n = max(triton.cdiv(d, SPLIT_ROWS), 1), block_of(m), block_of(n)
-    rows = rows_of(left.dtype == right.dtype, max(block_m, block_n))
+    rows = rows_of(left.dtype != right.dtype or left.dtype == torch.float32)
     parts = torch.empty((splits, B, m, n), dtype=torch.float64, device=left.device)
     if out.numel():
         with on_device_of(left):
@@ -130,7 +130,7 @@ def combine_kernel(
 
 def combine_into(out: Tensor, terms: Sequence[tuple[Tensor, Tensor]], only: Tensor | None = None) -> None:
     """out [B, d, n] = Σ tall [B, d, c]·small [B, c, n], fp32 sums rounded once; any strides but of ``small``, which is
-    fp32 and contiguous. At most ``TERMS`` terms."""
+    fp32 and contiguous. Four terms are the most there are."""
     B, d, n = out.shape
     talls, smalls = zip(*terms, strict=True)
     block_n, block_k, blocks_d = block_of(n), 16 if n <= 16 else 32, triton.cdiv(d, ROWS)
@@ -158,7 +158,7 @@ def _inner_form(left: str, right: str, columns: int, only: bool):
         "left_ptr": f"*{left}", "left_strides": ("i32", "i32", 1), "right_ptr": f"*{right}",
         "right_strides": ("i32", "i32", 1), "part_ptr": "*fp64", "only_ptr": "*i1" if only else None, "d": "i32",
         "m": "i32", "n": "i32", "batch": "i32", "splits": "i32", "SPLIT": SPLIT_ROWS,
-        "BLOCK_D": rows_of(left == right, columns), "BLOCK_M": columns, "BLOCK_N": columns,
+        "BLOCK_D": rows_of("fp32" in (left, right)), "BLOCK_M": columns, "BLOCK_N": columns,
     }  # fmt: skip
     single = ("left_ptr", "right_ptr")  # operands are transposed or widened in registers
     return form(
@@ -211,11 +211,15 @@ COMPILATIONS = [
         _combine_form(*arguments)
         for arguments in (
             (("fp32",), "fp32", 64, True),
+            (("fp32",), "bf16", 16, True),
             (("bf16",), "bf16", 16, False),
             (("fp16",), "fp16", 16, False),
             (("fp32", "fp32"), "fp32", 64, True),
-            (("bf16", "bf16"), "bf16", 64, False),
-            (("bf16", "bf16", "fp32"), "bf16", 16, False),
+            (("fp32", "fp32"), "bf16", 16, True),
+            (("bf16", "fp32"), "bf16", 16, False),
+            (("fp32", "fp32", "fp32"), "fp32", 16, False),
+            (("bf16", "bf16", "bf16"), "bf16", 64, False),
+            (("bf16", "bf16", "bf16", "fp32"), "bf16", 16, False),
             (("fp32", "fp32", "fp32", "fp32"), "fp32", 64, False),
             (("bf16", "bf16", "bf16", "fp32"), "fp32", 16, False),
         )

@@ -12,7 +12,7 @@ from ...declared import Expects
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
 from ...routed_lora.triton.forms import form
 from ..algebra import AGAIN, Columns
-from .products import ROWS
+from .products import SUMMED_ROWS
 from .step import step_of_matrix
 
 MOST_ELEMENTS, MOST_COLUMNS = 16384, 16
@@ -43,7 +43,7 @@ def put_gram(V_ptr, strides, x_ptr, G_ptr, d, r, BLOCK_D: tl.constexpr, NB: tl.c
     store_tile(G_ptr, r, 1, offs, offs, offs < r, offs < r, acc)
 
 
-@triton.jit(do_not_specialize=["d"])
+@triton.jit(do_not_specialize=["d", "batch"])
 def small_kernel(
     V_ptr, V_strides, Q_ptr, Q_strides, G_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, R_ptr, state_ptr, rank_tol, d, r,
     batch, BLOCK_D: tl.constexpr, NB: tl.constexpr,
@@ -90,7 +90,7 @@ def small(columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | 
     with on_device_of(V):
         small_kernel[(B,)](
             V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
-            BLOCK_D=ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
+            BLOCK_D=SUMMED_ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
         )  # fmt: skip
     return Q, R, state
 
@@ -101,7 +101,7 @@ def _form(dtype: str):
     fp64 = ("G_ptr", "A_ptr", "inverse_ptr", "columns_ptr", "R_ptr")
     arguments = {
         "V_ptr": f"*{dtype}", "V_strides": strides, "Q_ptr": f"*{dtype}", "Q_strides": strides, "x_ptr": "*fp32",
-        "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32", "BLOCK_D": ROWS,
+        "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32", "BLOCK_D": SUMMED_ROWS,
         "NB": MOST_COLUMNS,
         **dict.fromkeys(fp64, "*fp64"),
     }  # fmt: skip
