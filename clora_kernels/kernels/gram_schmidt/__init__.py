@@ -1,2 +1,2 @@
 """How Gram-Schmidt is computed: ``algebra`` is the algorithm, written once over a few primitives; ``aten`` brings them
-as ATen matmuls, ``layer`` the whole of it as one compiled call on the CPU."""
+as ATen matmuls, ``triton`` as kernels, ``layer`` the whole of it as one compiled call on the CPU."""
