@@ -46,8 +46,8 @@ def gram_schmidt(
         V: ``[..., d, r]``, fp32, bf16, fp16 or fp64; any strides (pass ``lora_A.mT``), any batch dimensions, none of
             them, or no matrix at all. With r > d at most d columns are independent.
         against: ``[..., d, k]``, orthonormal columns, in leading dimensions that broadcast to those of V: the basis of
-            earlier tasks. Its orthonormality is taken on trust, and what it lacks leaks into Q, whose columns lose some of
-            theirs with it: keep it in fp32, whatever the dtype of V; a basis rounded to bf16 leaks about 2⁻⁹ of itself.
+            earlier tasks. Its orthonormality is taken on trust, and what it lacks leaks into Q, whose columns lose some
+            of theirs with it: keep it in fp32, whatever the dtype of V; one rounded to bf16 leaks about 2⁻⁹ of itself.
         rank_tol: column j is dependent where what is left of it beside ``against`` and the columns before it is at most
             ``rank_tol`` times its own norm, so that scaling a column never changes the rank; from the eps of the
             arithmetic to 1, by default 64·eps (fp32 for 16-bit V).
