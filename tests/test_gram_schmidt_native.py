@@ -44,7 +44,7 @@ def problems(draw: st.DrawFn):
     return inputs, draw(st.sampled_from([*LAYOUTS]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(problems())
 def test_every_size(problem):
     inputs, layout = problem
