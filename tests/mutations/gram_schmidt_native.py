@@ -2,21 +2,7 @@
 
 from .mutant import mutants_of
 
-_TESTS_1 = (
-    "tests/test_gram_schmidt_parity.py",
-    "tests/test_gram_schmidt_zoo.py",
-    "tests/test_gram_schmidt_native.py",
-    "tests/test_gram_schmidt_options.py",
-    "tests/test_gram_schmidt_transforms.py",
-)
-_TESTS_2 = (
-    "tests/test_gram_schmidt_parity.py",
-    "tests/test_gram_schmidt_zoo.py",
-    "tests/test_gram_schmidt_native.py",
-    "tests/test_gram_schmidt_options.py",
-    "tests/test_gram_schmidt_transforms.py",
-)
-_TESTS_3 = (
+_TESTS = (
     "tests/test_gram_schmidt_parity.py",
     "tests/test_gram_schmidt_zoo.py",
     "tests/test_gram_schmidt_native.py",
@@ -28,7 +14,7 @@ NATIVE = [
     *mutants_of(
         "csrc/gram_schmidt.cpp",
         "gs-native",
-        _TESTS_1,
+        _TESTS,
         [
             ("one-sweep", "no matrix gets a second sweep",
              "while (state == kAgain && sweeps < 2)",
@@ -80,7 +66,7 @@ NATIVE = [
     *mutants_of(
         "csrc/gram_schmidt_backward.cpp",
         "gs-native-backward",
-        _TESTS_2,
+        _TESTS,
         [
             ("Q-unseen", "D₀ lacks Q·Z",
              "{&p.Q, Z_.rounded(), Shape::kFull}};",
@@ -132,7 +118,7 @@ NATIVE = [
     *mutants_of(
         "csrc/gram_schmidt_step.h",
         "gs-native-step",
-        _TESTS_1,
+        _TESTS,
         [
             ("always-done", "one sweep is enough",
              "constexpr double kEnough = 6.0,",
@@ -170,7 +156,7 @@ NATIVE = [
     *mutants_of(
         "csrc/gram_schmidt_deflate.h",
         "gs-native-deflate",
-        _TESTS_3,
+        _TESTS,
         [
             ("projected-once", "columns are projected once on what lies before their group",
              "for (int64_t pass = 0; pass < 2 && place > 0; ++pass) {",

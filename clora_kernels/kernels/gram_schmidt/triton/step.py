@@ -14,7 +14,7 @@ from .blocks import block_at, cholesky, invert, offsets, product, put_block, uni
 from .products import block_of, is_asked
 
 GRAM_ERROR = 1.0
-"""Error of an entry of a Gram matrix of unit columns, in units of fp32's roundoff: fp32 sums over 64 rows."""
+"""Error of an entry of a Gram matrix of unit columns in roundoffs of fp32, whose sums are ``SUMMED_ROWS`` long."""
 LIMIT = 2.0**40
 """Norms of columns beyond it, or below its inverse, are left to fp64: their squares are no fp32 numbers."""
 
