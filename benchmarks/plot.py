@@ -21,6 +21,7 @@ COLOURS = {
     "ours": "#0b6e4f",
     "ours_clora": "#6bbf59",
     "ours_aten": "#6bbf59",
+    "ours_triton": "#2f9c95",
     "peft": "#c1440e",
     "peft_16bit": "#e8985e",
     "cholesky_qr2": "#c1440e",

@@ -1,5 +1,12 @@
 // The Python module `clora_kernels._C`. Importing it registers the operators; it offers nothing but how it was built.
+
+// The copy of pybind11 that comes with torch 2.11 is not included where the stable ABI is asked for. Nothing of torch is
+// in what it is used for here.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
 #include <torch/csrc/stable/version.h>
 
 namespace {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ def _check_ours(name: str, problem: Problem) -> Verdict:
     if name == "ours_clora":
         inputs |= {"routing": problem.routing, "frozen_routing": problem.frozen_routing}
         gradients.append("routing")
-    assert_parity(routed_lora_linear, inputs, dy=problem.dy, gradients=gradients)
+    layer = partial(routed_lora_linear, backend="triton" if name == "ours_triton" else "auto")
+    assert_parity(layer, inputs, dy=problem.dy, gradients=gradients)
     with torch.no_grad():
-        fidelity = adapter_fidelity(routed_lora_linear(**inputs), **inputs)
+        fidelity = adapter_fidelity(layer(**inputs), **inputs)
     if not fidelity.ok:
         raise AssertionError(str(fidelity))
     return Verdict(fidelity.alpha, fidelity.sigma, True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clora_kernels import routed_lora_linear
+from clora_kernels.dispatch.routed_lora import why_not_triton
 
 from .points import Point
 
@@ -94,15 +95,20 @@ def frozen(problem: Problem) -> Contestant:
     return Contestant(lambda x: F.linear(x, problem.weight, problem.bias), (_leaf(problem.x),), problem.dy)
 
 
-def ours(problem: Problem) -> Contestant:
+def ours(problem: Problem, backend: str = "auto") -> Contestant:
     """``routed_lora_linear`` as plain LoRA, which is what the others compute."""
     x, A, B = map(_leaf, (problem.x, problem.lora_A, problem.lora_B))
-    p = problem.point.dropout_p
+    options = {"bias": problem.bias, "scaling": SCALING, "dropout_p": problem.point.dropout_p, "backend": backend}
 
     def run(x: Tensor) -> Tensor:
-        return routed_lora_linear(x, problem.weight, A, B, bias=problem.bias, scaling=SCALING, dropout_p=p)
+        return routed_lora_linear(x, problem.weight, A, B, **options)
 
     return Contestant(run, (x, A, B), problem.dy)
+
+
+def ours_triton(problem: Problem) -> Contestant:
+    """``ours`` in Triton kernels, where they run, whatever the tables say."""
+    return ours(problem, backend="triton")
 
 
 def ours_clora(problem: Problem) -> Contestant:
@@ -216,7 +222,7 @@ def lorafusion(problem: Problem) -> Contestant:
 
 
 Builder = Callable[[Problem], Contestant]
-YARDSTICK, OURS = {"frozen": frozen}, {"ours": ours, "ours_clora": ours_clora}
+YARDSTICK, OURS = {"frozen": frozen}, {"ours": ours, "ours_triton": ours_triton, "ours_clora": ours_clora}
 BASELINES: dict[str, Builder] = {
     "peft": peft,
     "peft_16bit": peft_16bit,
@@ -229,6 +235,8 @@ BUILDERS: dict[str, Builder] = {**YARDSTICK, **OURS, **BASELINES, **PEERS}
 
 def why_not(name: str, point: Point, device: torch.device) -> str | None:
     """Why a contestant cannot take part at a point; None if it can."""
+    if name == "ours_triton":
+        return why_not_triton(point.dtype, device.type, device.index) or None
     if name == "peft_16bit" and point.dtype == torch.float32:
         return "the same as peft in fp32"
     if name.startswith("peft") and importlib.util.find_spec("peft") is None:
