@@ -208,5 +208,50 @@ def test_what_it_cannot_run_and_what_it_says(device):
     with pytest.raises(ValueError, match=r"backend='triton' cannot run gram_schmidt: .*fp64"):
         gram_schmidt(V.double(), backend="triton")
     assert "named by the caller" in str(explain(gram_schmidt, V, backend="triton"))
-    assert explain(gram_schmidt, V).backend != "triton"
+    chosen = explain(gram_schmidt, V)
+    assert (chosen.backend == "triton") == V.is_cuda and "named" not in chosen.reason
+    double = explain(gram_schmidt, V.double())
+    assert double.backend == "aten" and ("fp64" in double.reason) == V.is_cuda
     assert next(b for b in info().backends["gram_schmidt"] if b.name == "triton").available
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beside", [False, True])
+def test_nothing_synchronises(beside):
+    """A batch of easy and hard matrices, forward and backward."""
+    V, _ = mixed_batch(hard_matrices(300, 20, device="cuda"))
+    P = orthonormal_basis(torch.randn(300, 5, device="cuda")).Q if beside else None
+    V.requires_grad_()
+    dR = torch.randn(20, 20, device="cuda")
+
+    def step():
+        result = gram_schmidt(V, P)
+        return torch.autograd.grad((result.Q.nan_to_num().sin().sum() + (result.R.nan_to_num() * dR).sum()), V)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "aten"])
+def test_a_graph_replays_on_other_matrices(backend):
+    """What was captured with easy matrices deflates hard ones: no decision of the host is in the graph."""
+    hard, zoo = mixed_batch(hard_matrices(90, 12, device="cuda"))
+    V = torch.randn_like(hard)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gram_schmidt(V, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = gram_schmidt(V, backend=backend)
+    for batch, ranks in ((V.clone(), None), (hard, [m.rank for m in zoo])):
+        V.copy_(batch)
+        graph.replay()
+        assert_orthonormal(result, V, ranks=ranks)

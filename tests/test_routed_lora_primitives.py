@@ -203,3 +203,24 @@ def test_blocks_of_rows_add_up(device, mask_path, monkeypatch, dtype, masked):
 
 
 SIZES = (((150, 3), (150, 4)), ((3, 21), (4, 21)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("products", [0, 1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_laid_down_counts_whole(dtype, products, masked, device, monkeypatch):
+    """Half of the low-rank term, doubled as the large product accumulates on it, is the term: bit for bit where the
+    sums are exact. On a CPU nothing is halved of itself."""
+    M, K, N, r = 21, 19, 13, 3
+    draw = aten.Dropout(torch.tensor(7, device=device), torch.tensor(20000, device=device)) if masked else None
+    integers = lambda *shape: torch.randint(-4, 5, shape, device=device).to(dtype)  # noqa: E731
+    large = [(integers(M, K), integers(K, N)) for _ in range(products)]
+    low = [(integers(M, r), integers(r, N), draw) for _ in range(2)]
+    found = {}
+    for share in (1.0, 0.5):
+        monkeypatch.setattr(aten, "_share_laid_down", lambda q, share=share: share)
+        found[share] = aten.linear(large, low)
+    assert torch.equal(found[1.0], found[0.5]) and found[1.0].dtype == dtype
+    kept = aten.dropout_mask(draw.seed, draw.threshold, 0, M, N).double() if masked else 1.0
+    truth = sum(a.double() @ b.double() for a, b in large) + sum(kept * (q.double() @ C.double()) for q, C, _ in low)
+    assert torch.equal(found[1.0], truth.to(dtype))

@@ -102,7 +102,7 @@ SPOILED = {
     "a block too small": (("tiles", 0, "tile", "block_k"), 8, "tiles[0].tile.block_k: got 8"),
     "a block too large": (("tiles", 0, "tile", "block_k"), 2048, "tiles[0].tile.block_k: got 2048"),
     "no warps": (("tiles", 0, "tile", "num_warps"), 0, "tiles[0].tile.num_warps: got 0"),
-    "a flag that is a number": (("tiles", 0, "tile", "flatten"), 1, "tiles[0].tile.flatten: got 1, expected bool"),
+    "a flag that is a number": (("tiles", 0, "key", "dropout"), 1, "tiles[0].key.dropout: got 1, expected bool"),
     "seconds that are text": (("tiles", 0, "seconds"), "fast", "tiles[0].seconds: got 'fast'"),
     "a reason that is a number": (("tiles", 0, "dropped"), {"tile": 1}, "tiles[0].dropped.tile: got 1"),
     "a verdict that is text": (("calls", 0, "wins"), "yes", "calls[0].wins: got 'yes', expected bool"),

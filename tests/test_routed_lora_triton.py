@@ -78,7 +78,7 @@ TILES = {
     "default": {},
     "wide": {"linear": LinearTile(16, 64, 32, group_m=1), "shrink": ShrinkTile(32, 16, most_splits=1)},
     "tall": {"linear": LinearTile(64, 16, 16, group_m=3), "reduce": ReduceTile(16, 64, most_splits=1)},
-    "flattened": {"linear": LinearTile(32, 32, 32, flatten=True, per_sm=3)},
+    "several a multiprocessor": {"linear": LinearTile(32, 32, 32, per_sm=3)},
     "split": {"shrink": ShrinkTile(16, 16, least_steps=1), "reduce": ReduceTile(16, 16, least_steps=1)},
 }
 

@@ -58,7 +58,7 @@ def test_forms_have_the_tiles_of_large_calls():
     found = forms.launch(ShrinkTile(16, 16, num_warps=2, num_stages=7), 80, Expects(wgmma=False))
     expected = {"num_warps": 2, "num_stages": 7, "architectures": (80,), "expects": Expects(wgmma=False)}
     assert found == expected
-    assert forms.tile_for("linear", 90, "bf16", 16, tma=True) == LinearTile(128, 256, 64, num_warps=8, flatten=True)
+    assert forms.tile_for("linear", 90, "bf16", 16, tma=True) == LinearTile(128, 256, 64, num_warps=8)
     assert forms.tile_for("linear", 90, "bf16", 16, K=0) == LinearTile(64, 128, 32, 8, 2, per_sm=2)
     assert forms.tile_for("linear", 80, "bf16", 16, bucket=0) == LinearTile(64, 128, 64, 4, 3, per_sm=2)
     assert forms.tile_for("reduce", 80, "fp32", 256) == ReduceTile(32, 32, num_warps=8)

@@ -29,21 +29,26 @@ DEFICIENT = ("zero", "random", "raise")
 
 def choose(V: Tensor, backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` on a CPU where it is built and takes the dtype,
-    else ``aten``, which is proved on every device: that ``triton`` is faster on a GPU was not measured yet."""
+    ``triton`` on a GPU where its kernels run and take the dtype, else ``aten``."""
     check_backend(backend)
     if backend in ("auto", "native"):
         why_not = layer.why_not(V)
         if backend == "native" and why_not:
             raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not:
-            return _choice("native", "cpu", backend)
-    if backend == "triton" and (why_not := why_not_triton(V.dtype, V.device.type, V.device.index)):
+            return _choice("native", backend)
+    chosen, why_not = backend, ""
+    if backend == "triton" or (backend == "auto" and V.is_cuda):
+        why_not = why_not_triton(V.dtype, V.device.type, V.device.index)
+    if backend == "triton" and why_not:
         raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
-    return _choice("aten" if backend == "auto" else backend, V.device.type, backend)
+    if backend == "auto":
+        chosen = "triton" if V.is_cuda and not why_not else "aten"
+    return _choice(chosen, backend, why_not)
 
 
 @cache
-def _choice(chosen: str, device_type: str, backend: str) -> Choice:
+def _choice(chosen: str, backend: str, why_not: str = "") -> Choice:
     named = "named by the caller"
     if chosen == "reference":
         return Choice(chosen, "plain PyTorch, column by column", f"{named}; differentiable twice, slower, more memory")
@@ -53,8 +58,8 @@ def _choice(chosen: str, device_type: str, backend: str) -> Choice:
     strategy = "Cholesky-QR with fp64 Gram matrices, once or twice, and column by column where it must be"
     if chosen == "triton":
         strategy = "Cholesky-QR, fp32 products in fp64 sums, once or twice, and column by column where it must be"
-    unmeasured = f"ATen matmuls are proved on {device_type}; the Triton kernels were not measured yet"
-    return Choice(chosen, strategy, named if backend == chosen else unmeasured)
+        return Choice(chosen, strategy, named if backend == chosen else "the kernels run here and take the dtype")
+    return Choice(chosen, strategy, named if backend == chosen else why_not or "ATen runs on every device")
 
 
 def _primitives(backend: str) -> Primitives:

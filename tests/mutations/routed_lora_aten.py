@@ -12,20 +12,44 @@ ATEN = mutants_of(
         (
             "base-accumulated-after-rounding",
             "the adapter is rounded away: the frozen product is rounded, then added",
-            "        y.addmm_(*products[0])\n",
-            "        y = y + products[0][0] @ products[0][1]\n",
+            "        y.addmm_(*products[0], beta=1 / alpha)\n",
+            "        y = y / alpha + products[0][0] @ products[0][1]\n",
         ),
         (
             "bias-laid-down-first",
             "in 16 bit the bias swallows a small adapter",
-            "    y = _lay_down(low_rank)\n",
-            "    y = _lay_down(low_rank)\n    if bias is not None:\n        y, bias = y.add_(bias), None\n",
+            "    y = _lay_down(low_rank, alpha)\n",
+            "    y = _lay_down(low_rank, alpha)\n    if bias is not None:\n        y, bias = y.add_(bias), None\n",
         ),
         (
             "bias-dropped",
             "y without the bias in 16 bit",
-            "        y.addmm_(*products[0])\n    return y if bias is None else y.add_(bias)",
-            "        y.addmm_(*products[0])\n    return y",
+            "        y.addmm_(*products[0], beta=1 / alpha)\n    return y if bias is None else y.add_(bias)",
+            "        y.addmm_(*products[0], beta=1 / alpha)\n    return y",
+        ),
+        (
+            "masked-term-not-halved",
+            "a term that is dropped counts twice on CUDA",
+            "        y[block] = total if alpha == 1 else total.mul_(alpha)\n",
+            "        y[block] = total\n",
+        ),
+        (
+            "term-not-halved",
+            "a term counts twice on CUDA",
+            "addmm_(q, C, beta=0, alpha=alpha)",
+            "addmm_(q, C, beta=0)",
+        ),
+        (
+            "several-not-doubled",
+            "half of a group's low-rank terms on CUDA",
+            "for _, b in products]), beta=beta)",
+            "for _, b in products]))",
+        ),
+        (
+            "half-without-products",
+            "half of an adapter alone on CUDA",
+            "    alpha = _share_laid_down(low_rank[0][0]) if products else 1.0\n",
+            "    alpha = _share_laid_down(low_rank[0][0])\n",
         ),
         (
             "bias-dropped-in-fp32",
@@ -36,8 +60,8 @@ ATEN = mutants_of(
         (
             "group-dx-rounded-between",
             "dx of a group is rounded after each layer",
-            "        _accumulate_several(y, products)\n",
-            "        for a, b in products:\n            y.addmm_(a, b)\n",
+            "        _accumulate_several(y, products, 1 / alpha)\n",
+            "        y /= alpha\n        for a, b in products:\n            y.addmm_(a, b)\n",
         ),
         (
             "group-dx-of-the-first",

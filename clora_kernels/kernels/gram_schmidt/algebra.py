@@ -90,7 +90,7 @@ class Primitives(Protocol):
         """Write the result of the matrices that are ``hard`` [B]; leave the others as they are."""
 
     def any(self, flags: Tensor) -> bool:
-        """Whether a flag is set; True where the device would have to be waited for."""
+        """Whether a flag is set; True where the backend does not ask the device."""
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """leftᵀ·right of tall operands, in the accumulation dtype."""

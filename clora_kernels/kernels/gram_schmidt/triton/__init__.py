@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from ..algebra import Columns, Sweep
-from ..aten import any
 from .deflate import deflate
 from .products import combine, combine_into, inner
 from .small import small
 from .step import step
 
 __all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "small", "step"]
+
+
+def any(flags: Tensor) -> bool:
+    """Whether a flag is set; True on a GPU, which is not waited for."""
+    return flags.is_cuda or bool(flags.any())
 
 
 def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:

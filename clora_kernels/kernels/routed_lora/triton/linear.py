@@ -55,7 +55,7 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     shared = dict(
         TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
-        FLATTEN=tile.flatten, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     grid = (min(tile.per_sm * programs(y), tiles),)

@@ -82,11 +82,11 @@ def linear_kernel(
     bias_ptr, stride_bias, base_ptr, stride_base_m, stride_base_n, y_ptr, M, N,
     PRODUCTS: tl.constexpr, TERMS: tl.constexpr, RANK_TILES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y [M, N], contiguous, by pointers: operands of any strides. Tuples hold an entry a product, or a term."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,12 +132,12 @@ def linear_tma_kernel(
     bias_ptr, stride_bias, base_ptr, stride_base_m, stride_base_n, M, N,
     PRODUCTS: tl.constexpr, B_TRANSPOSED: tl.constexpr, TERMS: tl.constexpr, RANK_TILES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors for a, b and y; one to three products, as arguments of their own because a launch takes
     no descriptors in tuples."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
         row, column = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
@@ -193,7 +193,7 @@ def _form(
         "stride_base_n": 1 if base else "i32", "M": "i32", "N": "i32", "PRODUCTS": products, "TERMS": terms,
         "RANK_TILES": -(-r // block_r), "HAS_DROPOUT": masked, "PRECISION": precision, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": block_r, "GROUP_M": tile.group_m,
-        "FLATTEN": tile.flatten, **{k: (v,) * terms for k, v in low.items()},
+        **{k: (v,) * terms for k, v in low.items()},
     }  # fmt: skip
     once = ("q_ptrs", "c_ptrs")  # a rank tile is one block, or a loop of four: nothing to run ahead of
     if tma:
