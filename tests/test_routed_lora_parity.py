@@ -8,7 +8,7 @@ import pytest
 import torch
 from strategies import DTYPES, call, dy_for, tensors_of
 
-from clora_kernels import routed_lora_delta, routed_lora_linear
+from clora_kernels import RoutedLoRA, routed_lora_delta, routed_lora_linear, routed_lora_linear_group
 from clora_kernels.reference.routed_lora_samples import make_inputs, sample_inputs
 from clora_kernels.testing import (
     assert_fidelity,
@@ -124,6 +124,25 @@ def test_adapter_comes_through_whole_in_dx(device, dtypes, strength):
     (dx,) = torch.autograd.grad(call(**inputs), x, dy)
     C = inputs["scaling"] * inputs["routing"].double() @ inputs["lora_B"].double().mT
     assert_fidelity(dx, dy, inputs["weight"].mT, C, inputs["lora_A"].mT, gate=inputs["gate"])
+
+
+@pytest.mark.parametrize("dtypes", ["bf16+fp32", "fp16+fp32"])
+@pytest.mark.parametrize("options", FIDELITY)
+def test_adapter_comes_through_whole_at_even_sizes(device, options, dtypes):
+    """Where sizes are multiples of 8 libraries have other kernels, which round otherwise: y and dx, of a layer and, dx
+    in one sum, of two."""
+    dtype, adapter_dtype = DTYPES[dtypes]
+    types = {"dtype": dtype, "adapter_dtype": adapter_dtype, "strength": 1e-3, "device": device}
+    inputs = make_inputs((4, 128), 512, 256, 7, **FIDELITY[options], **types)
+    assert_fidelity(call(**inputs), **inputs)
+    inputs = make_inputs((4, 128), 256, 512, 7, routing=False, bias=None, **types)
+    dy, arguments = dy_for(inputs), {k: v for k, v in inputs.items() if k != "x"}
+    of_dx = (inputs["weight"].mT, inputs["scaling"] * inputs["lora_B"].mT, inputs["lora_A"].mT)
+    for copies in (1, 2):
+        x = inputs["x"].clone().requires_grad_()
+        ys = routed_lora_linear_group(x, [RoutedLoRA(**arguments)] * copies)
+        (dx,) = torch.autograd.grad(ys, x, [dy / copies] * copies)
+        assert_fidelity(dx, dy, *of_dx)
 
 
 @pytest.mark.parametrize("dtypes", ["bf16+fp32", "fp16+fp32", "fp32"])

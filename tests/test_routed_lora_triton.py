@@ -137,6 +137,13 @@ def test_adapter_comes_through_whole(device, with_tiles, options, dtypes, streng
     assert_parity({"y": y}, inputs)
 
 
+def test_adapter_comes_through_whole_by_descriptors(device, with_tiles):
+    if device.type == "cpu":
+        with_tiles(LinearTile(128, 128, 64), ShrinkTile(128, 64))
+    inputs = made((4, 100), 192, 272, 16, dtypes="bf16+fp32", strength=1e-3, device=device)
+    assert_fidelity(fused(**inputs), **inputs)
+
+
 def test_adapter_comes_through_whole_in_dx(device, with_tiles):
     if device.type == "cpu":
         with_tiles(LinearTile(128, 128, 64), ShrinkTile(128, 64))
