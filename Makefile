@@ -10,6 +10,10 @@ VENV ?= .venv
 SEEDS ?= 5
 TESTS ?= tests
 
+# As many processes as there are cores, where pytest-xdist is installed.
+WORKERS = $(shell $(PY) -c "from importlib.util import find_spec; \
+  print('-n logical --dist worksteal -p no:benchmark' if find_spec('xdist') else '')")
+
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
 ifeq ($(strip $(VENV)),)
@@ -27,7 +31,7 @@ demo: setup
 	SEEDS=$(SEEDS) $(PY) examples/compare_on_digits.py
 
 test: setup
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest $(WORKERS) $(TESTS)
 
 bench: setup
 	$(PY) benchmarks/run.py

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     run = [python, str(ROOT / "benchmarks" / "run.py"), "--device", device.type]
     tests = [python, "-m", "pytest", "-q", "--maxfail=20", *(["--failed-first"] if resumed else [])]
     tests += [f"tests/{name}" for name in SHORT_TESTS] if short else ["tests"]
+    if find_spec("xdist"):  # tests wait for the compiler more than for the GPU
+        tests += ["-n", "logical", "--dist", "worksteal", "-p", "no:benchmark"]
     limit = 45 if short else 120  # seconds for the benchmarks of one operation, a step of its own
     quick, every = [], []
     for name, operation in OPERATIONS.items():
