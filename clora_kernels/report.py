@@ -107,8 +107,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def _versions() -> dict[str, str]:
     from . import __version__
 
-    versions = {"python": platform.python_version(), "clora_kernels": __version__}
-    for name in ("torch", "triton", "numpy", "peft", "transformers"):
+    # Of torch what it says itself: package metadata may lack the build, as in 2.11.0+cu130.
+    versions = {"python": platform.python_version(), "clora_kernels": __version__, "torch": torch.__version__}
+    for name in ("triton", "numpy", "peft", "transformers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -41,6 +41,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_context() -> None:
+    """A CUDA context for the thread of autograd, which the first kernel that torch launches there brings. cuBLAS, if it
+    comes first, warns that there is none."""
+    if torch.cuda.is_available():
+        x = torch.ones(1, device="cuda", requires_grad=True)
+        (x * x).backward()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(20250217)

@@ -165,6 +165,7 @@ def test_replays_of_a_graph_draw_fresh_masks():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_synchronises():
     inputs = make_inputs((64,), 64, 64, 8, dropout_p=0.3, gate=(8,), frozen=True, scaling=None, device="cuda")
     inputs["dropout_seed"] = None

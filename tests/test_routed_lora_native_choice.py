@@ -146,7 +146,7 @@ def test_without_the_extension_aten_does_it(mask_path):
 def test_few_rows_take_their_own_kernel(dtypes, M, forward, backward):
     inputs = plain((M,), dtypes)
     for weight, counts in ((inputs["weight"], True), (laid_out(inputs["weight"], "transposed"), False)):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             evaluate(native, {**inputs, "weight": weight}, dy_for(inputs), ["x"])
         called = {event.key: event.count for event in profile.key_averages()}
         assert called["clora_kernels::routed_lora_lay_down"] == 1

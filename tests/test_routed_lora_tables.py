@@ -17,7 +17,7 @@ from clora_kernels.kernels.routed_lora.algebra import Projection
 from clora_kernels.kernels.routed_lora.tables import Call, Ratio, Stamp, Table, Verdict
 from clora_kernels.kernels.routed_lora.tiles import Key, LinearTile, ReduceTile, ShrinkTile, Tuned, bucket, rows_of
 
-pytest.importorskip("triton", reason="a table says of Triton's kernels")
+triton = pytest.importorskip("triton", reason="a table says of Triton's kernels")
 
 KEYS = {
     Key("linear", 0, "fp32", 40, 48, 16, 0, tma=True): Tuned(LinearTile(32, 16, 16), 0.5, 1.0, {"some tile": "spills"}),
@@ -174,9 +174,7 @@ def test_a_win_counts_only_where_triton_can_run(device, folder, stamp, monkeypat
 
 
 def test_without_the_interpreter_no_file_is_read_for_a_cpu(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    triton = pytest.importorskip("triton", reason="without Triton there is no interpreter")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # set once, it no longer follows the environment
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # which sets the environment too, and both back
     monkeypatch.setattr(tables, "files", None)
     x = torch.empty(2, 3)
     assert not tables.table_of(x).calls and tables.table_of(x) is tables.table_of(x)

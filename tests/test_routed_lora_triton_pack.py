@@ -77,7 +77,8 @@ def test_unpack(device, r, N, kind, layout):
     j = projection(device, r, 8, N, routing="plain" not in kind, frozen="frozen" in kind, layout=layout)
     U = laid_out(whole((r, N), 9, device), layout)
     total, live = routed(j)
-    whole_ = (3 * (U.mT @ live), 3 * U @ j.lora_B, (total * (U @ j.lora_B)).sum().double())
+    # the scaling is on the CPU, and so is its gradient
+    whole_ = (3 * (U.mT @ live), 3 * U @ j.lora_B, (total * (U @ j.lora_B)).sum().double().to(j.scaling.device))
     for lora_B, routing, scaling in SOME:
         routing = routing and j.routing is not None
         with only_elements_of(*j, U):

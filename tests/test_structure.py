@@ -56,11 +56,9 @@ FOREIGN = {
 
 
 def files(*suffixes: str) -> list[Path]:
-    """The files of the repository with these suffixes (all: none given); of an unpacked archive, what lies there."""
-    listed = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """The files that git tracks with these suffixes (all: none given); of an unpacked archive, what lies there."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
     names = listed.stdout.split("\0")[:-1] if (ROOT / ".git").exists() and listed.returncode == 0 else []
     found = [ROOT / name for name in names] or [
         path
@@ -127,8 +125,9 @@ def test_relative_imports_are_resolved():
 
 @pytest.mark.parametrize("folder", SHARED)
 def test_one_stem_for_an_operation(folder):
-    stems = {path.stem for path in (ROOT / PACKAGE / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
-    own = stems - SHARED[folder] - {"__init__", "__pycache__"}
+    inside = ROOT / PACKAGE / folder
+    stems = {Path(p.relative_to(inside).parts[0]).stem for p in MODULES.values() if p.is_relative_to(inside)}
+    own = stems - SHARED[folder] - {"__init__"}
     for operation in {*OPERATIONS} - WITHOUT.get(folder, set()):
         assert operation in own, f"{folder} lacks {operation}.py or {operation}/"
     nameless = {stem for stem in own if not stem.startswith(tuple(OPERATIONS))}

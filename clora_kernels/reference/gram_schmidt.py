@@ -106,17 +106,21 @@ def scale_exponents(V: Tensor) -> Tensor:
     return torch.frexp(V.detach().abs().amax(-2, keepdim=True)).exponent
 
 
-def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^exponent in fp32 or fp64, exact, for exponents of normal numbers."""
-    if dtype == torch.float64:
-        return ((exponent.long() + 1023) << 52).view(dtype)
-    return ((exponent.int() + 127) << 23).view(dtype)
+def powers_of_two(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:
+    """All that are normal numbers of fp32 or fp64, exact, and the place of 1 among them."""
+    bits, bias, mantissa = (torch.int64, 1023, 52) if dtype == torch.float64 else (torch.int32, 127, 23)
+    return (torch.arange(1, 2 * bias + 1, dtype=bits, device=device) << mantissa).view(dtype), bias - 1
 
 
 def times_power(t: Tensor, exponent: Tensor) -> Tensor:
-    """t·2^exponent without overflow on the way: 2^149, which lifts the smallest fp32 number to 1, is no fp32 number."""
-    half = exponent // 2
-    return t * power_of_two(half, t.dtype) * power_of_two(exponent - half, t.dtype)
+    """t·2^exponent without overflow on the way: 2^149, which lifts the smallest fp32 number to 1, is no fp32 number.
+
+    The powers are looked up, for torch.func.vmap cannot look at the bits of what it maps over.
+    """
+    powers, one = powers_of_two(t.dtype, t.device)
+    places = exponent.long() + 2 * one
+    half = places // 2
+    return t * powers[half] * powers[places - half]
 
 
 def _projected(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def peak_memory(step: Callable[[], T], device: str | torch.device = "cpu") -> tu
         return result, torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"device: got {str(device)!r}, expected a CPU or a CUDA device")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = step()
     held = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
