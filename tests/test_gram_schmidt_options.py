@@ -104,11 +104,9 @@ def test_foreach_is_one_by_one(device, backend):
 
 
 def test_foreach_takes_a_handful_of_launches(device):
-    """What runs does not grow with the number of matrices. Where nothing is waited for, all runs for each shape."""
+    """What runs does not grow with the number of matrices."""
     Vs = [make_inputs((), d, 6, device=device, seed=i)["V"] for i in range(10) for d in (30, 50)]
-    sweeps = ["gram_schmidt.aten.gram"] * (1 if device.type == "cpu" else 2)
-    deflation = [] if device.type == "cpu" else ["gram_schmidt.aten.deflate"]
-    expected = {"aten": 2 * (sweeps + deflation), "native": ["gram_schmidt.layer.forward"]}
+    expected = {"aten": 2 * ["gram_schmidt.aten.gram"], "native": ["gram_schmidt.layer.forward"]}
     for backend in backends():
         with dispatched() as few:
             gram_schmidt_foreach(Vs[:2], backend=backend)
