@@ -9,6 +9,7 @@ from strategies import laid_out
 from torch import Tensor
 
 from clora_kernels import gram_schmidt
+from clora_kernels.dispatch.routed_lora import why_not_triton
 from clora_kernels.kernels.gram_schmidt import layer
 from clora_kernels.reference import gram_schmidt as reference
 from clora_kernels.reference.routed_lora import accumulation_dtype
@@ -18,9 +19,11 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 
 
 def backends(dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can run a matrix of this dtype on the CPU or on whatever device is at hand."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ["aten"] + ([] if layer.why_not(torch.empty(0, dtype=dtype, device=device)) else ["native"])
+    """The backends that can run a matrix of this dtype on the device at hand; Triton's interpreter, which is slow, has
+    tests of its own."""
+    if torch.cuda.is_available():
+        return ["aten"] + ([] if why_not_triton(dtype, "cuda", None) else ["triton"])
+    return ["aten"] + ([] if layer.why_not(torch.empty(0, dtype=dtype)) else ["native"])
 
 
 CASES = [(name, backend) for name, dtype in TYPES.items() for backend in backends(dtype)]

@@ -106,7 +106,11 @@ def test_foreach_is_one_by_one(device, backend):
 def test_foreach_takes_a_handful_of_launches(device):
     """What runs does not grow with the number of matrices."""
     Vs = [make_inputs((), d, 6, device=device, seed=i)["V"] for i in range(10) for d in (30, 50)]
-    expected = {"aten": 2 * ["gram_schmidt.aten.gram"], "native": ["gram_schmidt.layer.forward"]}
+    expected = {
+        "aten": 2 * ["gram_schmidt.aten.gram"],
+        "native": ["gram_schmidt.layer.forward"],
+        "triton": 2 * ["gram_schmidt.triton.deflate"],  # small matrices; hard ones are not asked for
+    }
     for backend in backends():
         with dispatched() as few:
             gram_schmidt_foreach(Vs[:2], backend=backend)
