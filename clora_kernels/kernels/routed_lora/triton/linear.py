@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...launch import Described, cdiv, launch
 from ..algebra import Dropout
 from ..tables import table_of
 from ..tiles import INTERPRETER, LinearTile, key_of, look_up
@@ -53,11 +52,11 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     tile: LinearTile = look_up(key, table_of(y).tiles)
     block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
     shared = dict(
-        TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
+        TERMS=len(low_rank), RANK_TILES=cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
         FLATTEN=tile.flatten, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     grid = (min(tile.per_sm * programs(y), tiles),)
     low = _terms(low_rank, y.device)
     outer = (
@@ -66,11 +65,12 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     )  # fmt: skip
     if tma:
         descriptors, depths, transposed = describe(products, y, tile)
-        linear_tma_kernel[grid](
-            *descriptors, *depths, *low, *outer, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
-        )
+        launch(
+            linear_tma_kernel, grid, *descriptors, *depths, *low, *outer, M, N,
+            PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared,
+        )  # fmt: skip
         return
-    linear_kernel[grid](*_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
+    launch(linear_kernel, grid, *_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
 
 
 def _by_pointers(products: Products) -> tuple[tuple[Any, ...], ...]:
@@ -113,24 +113,21 @@ def can_describe(products: Products, y: Tensor) -> bool:
     return all(_is_described(a) and _is_described(b.mT if transposed else b) for a, b in products)
 
 
-def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], list[int], bool]:
-    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether
-    each b is read as [N, K] and transposed."""
+def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[Any], list[Any], bool]:
+    """Descriptors of a_1, b_1, .. a_3, b_3 and of y; the depth of each product; whether each b is read as [N, K] and
+    transposed. None where there is no product."""
     transposed = products[0][1].stride(1) != 1
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    found, depths = [], []
+    descriptors: list[Any] = []
+    depths: list[Any] = []
     for a, b in products:
-        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(b.mT if transposed else b, block)]
+        descriptors += [Described(a, [tile.block_m, tile.block_k]), Described(b.mT if transposed else b, block)]
         depths.append(b.shape[0])
     missing = MOST_DESCRIBED - len(products)
-    descriptors = [*found, *found[-2:] * missing, _descriptor(y, [tile.block_m, tile.block_n])]
-    return descriptors, depths + [0] * missing, transposed
+    descriptors += [None] * (2 * missing)
+    return [*descriptors, Described(y, [tile.block_m, tile.block_n])], depths + [None] * missing, transposed
 
 
 def _is_described(t: Tensor) -> bool:
     size, row = t.element_size(), t.stride(0)
     return t.numel() > 0 and t.stride(1) == 1 and row >= t.shape[1] and row * size % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, [*t.shape], [*t.stride()], block)
