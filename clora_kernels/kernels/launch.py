@@ -30,16 +30,17 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Described:
-    """A tensor that a kernel reads or writes in blocks, by TMA: what a launch asks of Triton's ``TensorDescriptor``,
-    which is made, and checked, where Triton launches."""
+    """A matrix that a kernel reads or writes in blocks, by TMA, transposed or as it is: what a launch asks of Triton's
+    ``TensorDescriptor``, which is made, and checked, where Triton launches."""
 
     __slots__ = ("base", "block_shape", "shape", "strides")
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, base: Tensor, block_shape: list[int]) -> None:
+    def __init__(self, base: Tensor, block_shape: list[int], transposed: bool = False) -> None:
+        step = -1 if transposed else 1  # a view of its own would cost a microsecond
         self.base, self.block_shape = base, block_shape
-        self.shape, self.strides = [*base.shape], [*base.stride()]
+        self.shape, self.strides = [*base.shape[::step]], [*base.stride()[::step]]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -48,26 +49,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     args: the arguments that are not constant: tensors, integers, floats, None, tuples of these, ``Described``.
     options: the ``tl.constexpr`` arguments, which the kernel takes last, and the options of the compiler.
     """
-    if not _is_plain(kernel):
-        kernel[grid](*map(_for_triton, args), **options)
-        return
-    driver = triton.runtime.driver.active
-    device = driver.get_current_device()
-    key: list[Any] = [id(kernel), device, *options, *options.values()]
-    values: list[Any] = []
-    if not _add(args, device, key, values):
-        kernel[grid](*map(_for_triton, args), **options)
-        return
-    found = _chosen.get(known := tuple(key))
-    if found is None:
-        compiled = kernel[grid](*map(_for_triton, args), **options)
-        if type(compiled) is CompiledKernel:  # not a promise of one
-            constants = (None,) * (len(kernel.arg_names) - len(args))
-            _chosen[known] = (compiled.run, compiled.function, compiled.packed_metadata, constants, kernel)
-        return
-    run, function, metadata, constants, _ = found
-    x, y, z = (*grid, 1, 1)[:3]
-    run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *values, *constants)
+    key = None
+    if _is_plain(kernel):
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = _key(args, device)
+    if key is not None:
+        key += (id(kernel), device, *options, *options.values())
+        found = _chosen.get(known := tuple(key))
+        if found is not None:
+            compiled, constants, _ = found
+            x, y, z = (*grid, 1, 1)[:3]
+            stream = driver.get_current_stream(device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
+            return
+    compiled = kernel[grid](*map(_for_triton, args), **options)
+    if key is not None and type(compiled) is CompiledKernel:  # not a promise of one
+        _chosen[known] = compiled, (None,) * (len(kernel.arg_names) - len(args)), kernel
 
 
 def _is_plain(kernel: Any) -> bool:
@@ -81,42 +80,38 @@ def _is_plain(kernel: Any) -> bool:
         return False
 
 
-def _add(args: tuple[Any, ...], device: int, key: list[Any], values: list[Any]) -> bool:
-    """Add what Triton asks of the arguments to ``key``, and what a compiled kernel takes to ``values``. False if one
-    is of a kind that the key does not tell from others."""
-    addresses = integers = 0
+def _key(args: tuple[Any, ...], device: int) -> list[Any] | None:
+    """What Triton asks of the arguments; None where one is of a kind that the key does not tell from others."""
+    key: list[Any] = []
+    flat: list[Any] = []
     for a in args:
+        if type(a) is tuple:
+            key.append(len(a))
+            flat += a
+        else:
+            key.append(None)
+            flat.append(a)
+    addresses = integers = 0
+    for a in flat:
         kind = type(a)
         if kind is int:
             integers |= a
-            key.append(2 if a == 1 else not a & 15)
-            values.append(a)
+            key.append(2 if a == 1 else a & 15 == 0)
         elif a is None:
             key.append(None)
-            values.append(None)
-        elif kind is tuple:
-            key.append(~len(a))  # no key of an integer
-            inner: list[Any] = []
-            if not _add(a, device, key, inner):
-                return False
-            values.append(tuple(inner))
-        elif isinstance(a, Tensor):
+        elif kind is Tensor or isinstance(a, Tensor):
             if a.get_device() != device:
-                return False
-            address = a.data_ptr()
-            addresses |= address
+                return None
+            addresses |= a.data_ptr()
             key.append(a.dtype)
-            values.append(address)
         elif kind is float:
             key.append(float)
-            values.append(a)
         elif kind is Described:
             addresses |= a.base.data_ptr()
             key.append((a.base.dtype, *a.block_shape))
-            values.append(a)
         else:
-            return False
-    return not (addresses & 15 or integers >> 31)  # negative ones too
+            return None
+    return None if addresses & 15 or integers >> 31 else key  # nor negative integers
 
 
 def _for_triton(argument: Any) -> Any:

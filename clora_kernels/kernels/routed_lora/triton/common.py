@@ -100,6 +100,9 @@ def store_tile(ptr, stride_row, stride_column, rows, columns, mask_rows, mask_co
 
 def chunks(items: Sequence[T], ranks: Sequence[int]) -> Iterator[tuple[Sequence[T], int]]:
     """Items that share one read of the big operand, with the block of their ranks; of 256 padded ranks at most."""
+    if len(items) == 1:
+        yield items, block_of_rank(ranks[0])
+        return
     start = 0
     while start < len(items):
         stop = start + 1

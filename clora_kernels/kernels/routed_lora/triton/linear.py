@@ -44,9 +44,9 @@ def linear(
 
 def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor) -> None:
     (M, N), q = y.shape, low_rank[0][0]
-    r, terms = max(C.shape[0] for _, C, _ in low_rank), max(len(products), len(low_rank))
+    r, terms = max([C.shape[0] for _, C, _ in low_rank]), max(len(products), len(low_rank))
     K = max([b.shape[0] for _, b in products], default=0)
-    masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
+    masked, kind = any([d is not None for _, _, d in low_rank]), capability(y)
     tma = kind in TMA_CLASSES and can_describe(products, y)
     key = key_of("linear", kind, q.dtype, M, N, K, block_of_rank(r), terms, masked, tma)
     tile: LinearTile = look_up(key, table_of(y).tiles)
@@ -77,31 +77,16 @@ def _by_pointers(products: Products) -> tuple[tuple[Any, ...], ...]:
     """The products as the kernel without descriptors takes them, a tuple for each kind of argument."""
     if not products:  # no launch takes an empty tuple
         return (None,), (0,), (0,), (None,), (0,), (0,), (0,)
-    return (
-        tuple(a for a, _ in products),
-        tuple(a.stride(0) for a, _ in products),
-        tuple(a.stride(1) for a, _ in products),
-        tuple(b for _, b in products),
-        tuple(b.stride(0) for _, b in products),
-        tuple(b.stride(1) for _, b in products),
-        tuple(b.shape[0] for _, b in products),
-    )
+    return tuple(zip(*[(a, *a.stride(), b, *b.stride(), b.shape[0]) for a, b in products], strict=True))
 
 
 def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:
     """The low-rank terms as the kernels take them, a tuple for each kind of argument."""
-    dropout = [d for _, _, d in low_rank]
-    return (
-        tuple(q for q, _, _ in low_rank),
-        tuple(q.stride(0) for q, _, _ in low_rank),
-        tuple(q.stride(1) for q, _, _ in low_rank),
-        tuple(C for _, C, _ in low_rank),
-        tuple(C.stride(0) for _, C, _ in low_rank),
-        tuple(C.stride(1) for _, C, _ in low_rank),
-        tuple(C.shape[0] for _, C, _ in low_rank),
-        tuple(None if d is None else d.seed for d in dropout),
-        tuple(None if d is None else scalar_on(device, d.threshold) for d in dropout),
-    )
+    rows = []
+    for q, C, d in low_rank:
+        draw = (None, None) if d is None else (d.seed, scalar_on(device, d.threshold))
+        rows.append((q, *q.stride(), C, *C.stride(), C.shape[0], *draw))
+    return tuple(zip(*rows, strict=True))
 
 
 def can_describe(products: Products, y: Tensor) -> bool:
@@ -110,7 +95,7 @@ def can_describe(products: Products, y: Tensor) -> bool:
     if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype or not _is_described(y):
         return False
     transposed = products[0][1].stride(1) != 1
-    return all(_is_described(a) and _is_described(b.mT if transposed else b) for a, b in products)
+    return all(_is_described(a) and _is_described(b, transposed) for a, b in products)
 
 
 def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[Any], list[Any], bool]:
@@ -121,13 +106,15 @@ def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[Any]
     descriptors: list[Any] = []
     depths: list[Any] = []
     for a, b in products:
-        descriptors += [Described(a, [tile.block_m, tile.block_k]), Described(b.mT if transposed else b, block)]
+        descriptors += [Described(a, [tile.block_m, tile.block_k]), Described(b, block, transposed)]
         depths.append(b.shape[0])
     missing = MOST_DESCRIBED - len(products)
     descriptors += [None] * (2 * missing)
     return [*descriptors, Described(y, [tile.block_m, tile.block_n])], depths + [None] * missing, transposed
 
 
-def _is_described(t: Tensor) -> bool:
-    size, row = t.element_size(), t.stride(0)
-    return t.numel() > 0 and t.stride(1) == 1 and row >= t.shape[1] and row * size % 16 == 0 and t.data_ptr() % 16 == 0
+def _is_described(t: Tensor, transposed: bool = False) -> bool:
+    step = -1 if transposed else 1
+    (rows, columns), (row, column) = t.shape[::step], t.stride()[::step]
+    there = rows > 0 and 0 < columns <= row
+    return there and column == 1 and row * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0

@@ -113,7 +113,8 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
 
 def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns] in a buffer whose rows are a multiple of 16 bytes."""
-    return torch.empty((rows, cdiv(columns, 8) * 8), dtype=dtype, device=like.device)[:, :columns]
+    whole = torch.empty((rows, cdiv(columns, 8) * 8), dtype=dtype, device=like.device)
+    return whole[:, :columns] if columns % 8 else whole
 
 
 def _pitch(t: Tensor | None, placeholder: Tensor) -> tuple[Tensor, int]:

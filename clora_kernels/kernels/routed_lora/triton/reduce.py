@@ -100,19 +100,19 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
 def _launch(big: Tensor, terms: list[tuple[Tensor, Dropout | None, Tensor]], block_r: int) -> None:
     M, K = big.shape
     small, dropout, out = zip(*terms, strict=True)
-    masked, rank = any(d is not None for d in dropout), block_r * len(terms)
+    masked, rank = any([d is not None for d in dropout]), block_r * len(terms)
+    operands = tuple(zip(*[(t, *t.stride(), t.shape[1]) for t in small], strict=True))
     key = key_of("reduce", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
     tile: ReduceTile = look_up(key, table_of(big).tiles)
     blocks_of_columns = cdiv(K, tile.block_k)
-    steps, splits = split(cdiv(M, tile.block_m), blocks_of_columns, 4 * sum(t.numel() for t in out), tile, big)
+    steps, splits = split(cdiv(M, tile.block_m), blocks_of_columns, 4 * sum([t.numel() for t in out]), tile, big)
     parts = out
     if splits > 1:
-        parts = tuple(torch.empty((splits, *t.shape), dtype=torch.float32, device=big.device) for t in out)
+        parts = tuple([torch.empty((splits, *t.shape), dtype=torch.float32, device=big.device) for t in out])
     launch(
         reduce_kernel, (blocks_of_columns, splits),
-        small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), tuple(t.shape[1] for t in small),
-        big, *big.stride(), tuple(None if d is None else d.seed for d in dropout),
-        tuple(None if d is None else scalar_on(big.device, d.threshold) for d in dropout), parts, M, K, steps,
+        *operands, big, *big.stride(), tuple([None if d is None else d.seed for d in dropout]),
+        tuple([None if d is None else scalar_on(big.device, d.threshold) for d in dropout]), parts, M, K, steps,
         TERMS=len(terms), PRECISION=precision(big.dtype), BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

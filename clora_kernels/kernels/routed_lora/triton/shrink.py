@@ -139,12 +139,16 @@ def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor |
 
 def _launch(big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, Tensor | None]], block_r: int) -> None:
     M, K = big.shape
-    small, gates = tuple(t.small for t in terms), tuple(t.gate for t in terms)
-    ranks = tuple(t.shape[0] for t in small)
-    masks = [t.dropout if t.masked else None for t in terms]
-    masked = any(d is not None for d in masks)
-    thresholds = tuple(None if t.dropout is None else scalar_on(big.device, t.dropout.threshold) for t in terms)
-    rank = block_r * len(terms)
+    of_sums, of_finish = [], []
+    masked, rank = False, block_r * len(terms)
+    for t, written in zip(terms, outputs, strict=True):
+        mask = t.dropout if t.masked else None
+        masked |= mask is not None
+        threshold = None if t.dropout is None else scalar_on(big.device, t.dropout.threshold)
+        draw = (None, None) if mask is None else (mask.seed, threshold)
+        of_sums.append((t.small, *t.small.stride(), t.small.shape[0], *draw))
+        of_finish.append((t.gate, *((0, 0) if t.gate is None else t.gate.stride()), threshold, *written))
+    sums, finish = tuple(zip(*of_sums, strict=True)), tuple(zip(*of_finish, strict=True))
     key = key_of("shrink", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
     tile: ShrinkTile = look_up(key, table_of(big).tiles)
     blocks_of_rows = cdiv(M, tile.block_m)
@@ -152,23 +156,14 @@ def _launch(big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, T
     parts = None
     if splits > 1:
         parts = torch.empty((splits, len(terms), M, block_r), dtype=torch.float32, device=big.device)
-    finish = (
-        gates,
-        tuple(0 if g is None else g.stride(0) for g in gates), tuple(0 if g is None else g.stride(1) for g in gates),
-        thresholds, tuple(unrounded for unrounded, _ in outputs), tuple(gated for _, gated in outputs),
-    )  # fmt: skip
     launch(
-        shrink_kernel, (blocks_of_rows, splits),
-        big, *big.stride(), small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), ranks,
-        tuple(None if d is None else d.seed for d in masks),
-        tuple(None if d is None else t for d, t in zip(masks, thresholds, strict=True)),
-        *finish, parts, M, K, steps, TERMS=len(terms), PRECISION=precision(big.dtype),
-        BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        shrink_kernel, (blocks_of_rows, splits), big, *big.stride(), *sums, *finish, parts, M, K, steps,
+        TERMS=len(terms), PRECISION=precision(big.dtype), BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if parts is not None:
         launch(
-            shrink_sums_kernel, (cdiv(M, 16),), parts, splits, ranks, *finish, M,
+            shrink_sums_kernel, (cdiv(M, 16),), parts, splits, sums[3], *finish, M,
             TERMS=len(terms), BLOCK_M=16, BLOCK_R=block_r,
         )  # fmt: skip
 
