@@ -55,7 +55,7 @@ def test_a_form_is_what_a_launch_is():
 
 
 def test_forms_have_the_tiles_of_large_calls():
-    found = forms.launch(ShrinkTile(16, 16, num_warps=2, num_stages=7), 80, Expects(wgmma=False))
+    found = forms.tiled(ShrinkTile(16, 16, num_warps=2, num_stages=7), 80, Expects(wgmma=False))
     expected = {"num_warps": 2, "num_stages": 7, "architectures": (80,), "expects": Expects(wgmma=False)}
     assert found == expected
     assert forms.tile_for("linear", 90, "bf16", 16, tma=True) == LinearTile(128, 256, 64, num_warps=8)

@@ -34,7 +34,7 @@ OPERATIONS = ["gram_schmidt", "routed_lora"]
 WITHOUT = {"modules": {"gram_schmidt"}}  # it has no parameters
 SHARED = {  # files that serve several operations, or tests, beside the ones that bear an operation's name
     "reference": {"dropout_mask"},
-    "kernels": {"dropout_mask", "cpu_matmul", "views", "declared", "aot", "ttgir"},
+    "kernels": {"dropout_mask", "cpu_matmul", "views", "declared", "aot", "ttgir", "launch"},
     "dispatch": {"choice"},
     "autograd": {"dropout_mask"},
     "modules": {"adapter", "inject"},

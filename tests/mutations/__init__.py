@@ -11,6 +11,7 @@ from .gram_schmidt_panels import PANELS as GS_PANELS
 from .gram_schmidt_triton import TRITON as GS_TRITON
 from .inject import INJECT
 from .integrations import INTEGRATIONS
+from .launch import LAUNCH
 from .mutant import Mutant
 from .report import REPORT
 from .routed_lora_algebra import ALGEBRA
@@ -61,6 +62,7 @@ MUTANTS: list[Mutant] = [
     *TRITON_BIG,
     *TRITON_LINEAR,
     *TRITON_COMMON,
+    *LAUNCH,
     *AOT,
     *INTEGRATIONS,
     *DROPOUT_MASK,

@@ -54,7 +54,7 @@ TRITON_BIG += mutants_of(
         ("part-of-first-term", "the sums of every term are those of the first",
          "part = parts_ptr + size * j", "part = parts_ptr"),
         ("last-rows-lost", "the last rows of a split sum are lost",
-         "shrink_sums_kernel[(triton.cdiv(M, 16),)]", "shrink_sums_kernel[(max(M // 16, 1),)]"),
+         "shrink_sums_kernel, (cdiv(M, 16),)", "shrink_sums_kernel, (max(M // 16, 1),)"),
         ("masked-unasked", "a mask acts where the term says it does not",
          "t.dropout if t.masked else None", "t.dropout"),
         ("results-of-a-chunk", "only the last chunk is returned", "found += outputs", "found = outputs"),
@@ -104,7 +104,7 @@ TRITON_BIG += mutants_of(
         ("sum-beyond", "sums beyond the end are written",
          "tl.store(out_ptr + offs, acc, mask=offs < size)", "tl.store(out_ptr + offs, acc, mask=offs < size + 1)"),
         ("sums-of-one-block", "a split sum of more than a block is not finished",
-         "triton.cdiv(total.numel(), 1024),", "1,"),
+         "cdiv(total.numel(), 1024),", "1,"),
     ],
 )  # fmt: skip
 TRITON_BIG += mutants_of(

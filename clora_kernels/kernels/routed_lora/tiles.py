@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ def look_up(key: Key, tuned: Mapping[Key, Tuned]) -> Any:
     return default(key) if found is None else found.tile
 
 
+@lru_cache(1024)
 def default(key: Key) -> Tile:
     """The conservative tile of an op."""
     if key.op == "linear":
@@ -176,4 +178,9 @@ def key_of(
     tma: bool = False,
 ) -> Key:
     """The key of a call."""
-    return Key(op, capability, NAMES[dtype], N, K, r, bucket(M), terms, dropout, tma)
+    return _key(op, capability, dtype, N, K, r, bucket(M), terms, dropout, tma)
+
+
+@lru_cache(1024)  # it is asked for at every launch
+def _key(op: str, capability: int, dtype: torch.dtype, *rest: Any) -> Key:
+    return Key(op, capability, NAMES[dtype], *rest)

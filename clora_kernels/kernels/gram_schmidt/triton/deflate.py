@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....reference.gram_schmidt import GramSchmidtResult
+from ...launch import launch
 from ...routed_lora.triton.common import load_tile, on_device_of, programs, store_tile
 from ...routed_lora.triton.forms import form
 from ..algebra import Columns
@@ -185,7 +186,8 @@ def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidt
     W = torch.empty((slots, room), dtype=torch.float64, device=V.device)
     Q, R, rank = result
     with on_device_of(V):
-        deflate_kernel[(slots,)](
+        launch(
+            deflate_kernel, (slots,),
             V, V.stride(), P, None if P is None else P.stride(), W, Q, Q.stride(), R, rank, hard, rank_tol, B, d, k, r,
             room, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, num_warps=8, num_stages=1,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import cdiv, launch
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
 from ...routed_lora.triton.forms import form
 
@@ -31,7 +32,7 @@ def rows_of(exact: bool) -> int:
 
 def block_of(columns: int) -> int:
     """The columns of a tile that holds so many, or is the largest."""
-    return min(max(triton.next_power_of_2(columns), 16), MOST_COLUMNS)
+    return min(max(1 << (columns - 1).bit_length(), 16), MOST_COLUMNS)
 
 
 @triton.jit
@@ -88,17 +89,18 @@ def inner(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32, only:
     those; fp64 parts [B, m, n] of every ``SPLIT_ROWS`` rows are scratch."""
     (B, d, m), n = left.shape, right.shape[2]
     out = torch.empty((B, m, n), dtype=dtype, device=left.device)
-    splits, block_m, block_n = max(triton.cdiv(d, SPLIT_ROWS), 1), block_of(m), block_of(n)
+    splits, block_m, block_n = max(cdiv(d, SPLIT_ROWS), 1), block_of(m), block_of(n)
     rows = rows_of(left.dtype != right.dtype or left.dtype == torch.float32)
     parts = torch.empty((splits, B, m, n), dtype=torch.float64, device=left.device)
     if out.numel():
         with on_device_of(left):
-            inner_kernel[(B * splits, triton.cdiv(m, block_m) * triton.cdiv(n, block_n))](
+            launch(
+                inner_kernel, (B * splits, cdiv(m, block_m) * cdiv(n, block_n)),
                 left, left.stride(), right, right.stride(), parts, only, d, m, n, B, splits,
                 SPLIT=SPLIT_ROWS, BLOCK_D=rows, BLOCK_M=block_m, BLOCK_N=block_n,
                 num_warps=warps_of(max(block_m, block_n)), num_stages=2,
             )  # fmt: skip
-            inner_sums_kernel[(triton.cdiv(out.numel(), 1024),)](parts, splits, out, out.numel(), BLOCK=1024)
+            launch(inner_sums_kernel, (cdiv(out.numel(), 1024),), parts, splits, out, out.numel(), BLOCK=1024)
     return out
 
 
@@ -133,10 +135,11 @@ def combine_into(out: Tensor, terms: Sequence[tuple[Tensor, Tensor]], only: Tens
     fp32 and contiguous. Four terms are the most there are."""
     B, d, n = out.shape
     talls, smalls = zip(*terms, strict=True)
-    block_n, block_k, blocks_d = block_of(n), 16 if n <= 16 else 32, triton.cdiv(d, ROWS)
+    block_n, block_k, blocks_d = block_of(n), 16 if n <= 16 else 32, cdiv(d, ROWS)
     if out.numel():
         with on_device_of(out):
-            combine_kernel[(B * blocks_d, triton.cdiv(n, block_n))](
+            launch(
+                combine_kernel, (B * blocks_d, cdiv(n, block_n)),
                 talls, *zip(*(t.stride() for t in talls), strict=True), tuple(t.contiguous() for t in smalls),
                 tuple(t.shape[2] for t in talls), out, out.stride(), only, d, n, blocks_d,
                 TERMS=len(terms), BLOCK_D=ROWS, BLOCK_N=block_n, BLOCK_K=block_k,

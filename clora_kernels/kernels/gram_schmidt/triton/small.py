@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import launch
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
 from ...routed_lora.triton.forms import form
 from ..algebra import AGAIN, Columns
@@ -88,8 +89,8 @@ def small(columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | 
     x = torch.empty((2, B, r, r), dtype=torch.float32, device=V.device)
     norms = torch.empty((B, 2, r), dtype=torch.float64, device=V.device)
     with on_device_of(V):
-        small_kernel[(B,)](
-            V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
+        launch(
+            small_kernel, (B,), V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
             BLOCK_D=SUMMED_ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
         )  # fmt: skip
     return Q, R, state

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ...routed_lora.triton.common import load_tile, on_device_of, store_tile
 from ...routed_lora.triton.forms import form
 from ..algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Sweep
@@ -231,8 +232,8 @@ def step(
     A, inverse, columns = new((B, r, r)), new((B, r, r)), new((B, 2, r))
     NB = block_of(r)
     with on_device_of(G):
-        step_kernel[(B,)](
-            G, S, before, A, inverse, columns, X, T, R, state, only, rank_tol, k, r,
+        launch(
+            step_kernel, (B,), G, S, before, A, inverse, columns, X, T, R, state, only, rank_tol, k, r,
             NB=NB, num_warps=8 if NB > 16 else 4, num_stages=1,
         )  # fmt: skip
     return Sweep(X, T, R, state)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import cdiv
 from ..tiles import INTERPRETER, MOST_RANKS, ReduceTile, ShrinkTile, block_of_rank
 
 # Read when kernels are decorated, as Triton itself reads it.
@@ -99,6 +100,9 @@ def store_tile(ptr, stride_row, stride_column, rows, columns, mask_rows, mask_co
 
 def chunks(items: Sequence[T], ranks: Sequence[int]) -> Iterator[tuple[Sequence[T], int]]:
     """Items that share one read of the big operand, with the block of their ranks; of 256 padded ranks at most."""
+    if len(items) == 1:
+        yield items, block_of_rank(ranks[0])
+        return
     start = 0
     while start < len(items):
         stop = start + 1
@@ -113,9 +117,9 @@ def chunks(items: Sequence[T], ranks: Sequence[int]) -> Iterator[tuple[Sequence[
 def split(steps: int, blocks: int, part_bytes: int, tile: ShrinkTile | ReduceTile, t: Tensor) -> tuple[int, int]:
     """(steps of a part; number of parts) of a sum of ``steps`` steps by ``blocks`` blocks of programs: enough programs
     for the device of ``t``, but several steps a part, and parts within ``SCRATCH_BYTES``."""
-    wanted = min(triton.cdiv(tile.per_sm * programs(t), blocks), steps // tile.least_steps, tile.most_splits)
-    per_part = max(triton.cdiv(steps, max(min(wanted, SCRATCH_BYTES // part_bytes), 1)), 1)
-    return per_part, max(triton.cdiv(steps, per_part), 1)
+    wanted = min(cdiv(tile.per_sm * programs(t), blocks), steps // tile.least_steps, tile.most_splits)
+    per_part = max(cdiv(steps, max(min(wanted, SCRATCH_BYTES // part_bytes), 1)), 1)
+    return per_part, max(cdiv(steps, per_part), 1)
 
 
 def precision(dtype: torch.dtype) -> str:

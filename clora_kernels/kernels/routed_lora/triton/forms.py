@@ -38,7 +38,7 @@ def tile_for(op: str, capability: int, dtype: str, r: int, **key: Any) -> Any:
     return default(Key(op, capability, dtype, 4096, r=r, **{"K": 4096, "bucket": 9, **key}))
 
 
-def launch(tile: LinearTile | ShrinkTile | ReduceTile, architecture: int, expects: Expects) -> dict[str, Any]:
+def tiled(tile: LinearTile | ShrinkTile | ReduceTile, architecture: int, expects: Expects) -> dict[str, Any]:
     """The options of ``form`` that a tile decides."""
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return {**options, "architectures": (architecture,), "expects": expects}

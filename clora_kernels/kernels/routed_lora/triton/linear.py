@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...launch import Described, cdiv, launch
 from ..algebra import Dropout
 from ..tables import table_of
 from ..tiles import INTERPRETER, LinearTile, key_of, look_up
@@ -45,19 +44,19 @@ def linear(
 
 def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_output: Tensor | None, y: Tensor) -> None:
     (M, N), q = y.shape, low_rank[0][0]
-    r, terms = max(C.shape[0] for _, C, _ in low_rank), max(len(products), len(low_rank))
+    r, terms = max([C.shape[0] for _, C, _ in low_rank]), max(len(products), len(low_rank))
     K = max([b.shape[0] for _, b in products], default=0)
-    masked, kind = any(d is not None for _, _, d in low_rank), capability(y)
+    masked, kind = any([d is not None for _, _, d in low_rank]), capability(y)
     tma = kind in TMA_CLASSES and can_describe(products, y)
     key = key_of("linear", kind, q.dtype, M, N, K, block_of_rank(r), terms, masked, tma)
     tile: LinearTile = look_up(key, table_of(y).tiles)
     block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
     shared = dict(
-        TERMS=len(low_rank), RANK_TILES=triton.cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
+        TERMS=len(low_rank), RANK_TILES=cdiv(r, block_r), HAS_DROPOUT=masked, PRECISION=precision(q.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     grid = (min(tile.per_sm * programs(y), tiles),)
     low = _terms(low_rank, y.device)
     outer = (
@@ -66,42 +65,28 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     )  # fmt: skip
     if tma:
         descriptors, depths, transposed = describe(products, y, tile)
-        linear_tma_kernel[grid](
-            *descriptors, *depths, *low, *outer, M, N, PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared
-        )
+        launch(
+            linear_tma_kernel, grid, *descriptors, *depths, *low, *outer, M, N,
+            PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared,
+        )  # fmt: skip
         return
-    linear_kernel[grid](*_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
+    launch(linear_kernel, grid, *_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
 
 
 def _by_pointers(products: Products) -> tuple[tuple[Any, ...], ...]:
     """The products as the kernel without descriptors takes them, a tuple for each kind of argument."""
     if not products:  # no launch takes an empty tuple
         return (None,), (0,), (0,), (None,), (0,), (0,), (0,)
-    return (
-        tuple(a for a, _ in products),
-        tuple(a.stride(0) for a, _ in products),
-        tuple(a.stride(1) for a, _ in products),
-        tuple(b for _, b in products),
-        tuple(b.stride(0) for _, b in products),
-        tuple(b.stride(1) for _, b in products),
-        tuple(b.shape[0] for _, b in products),
-    )
+    return tuple(zip(*[(a, *a.stride(), b, *b.stride(), b.shape[0]) for a, b in products], strict=True))
 
 
 def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ...]:
     """The low-rank terms as the kernels take them, a tuple for each kind of argument."""
-    dropout = [d for _, _, d in low_rank]
-    return (
-        tuple(q for q, _, _ in low_rank),
-        tuple(q.stride(0) for q, _, _ in low_rank),
-        tuple(q.stride(1) for q, _, _ in low_rank),
-        tuple(C for _, C, _ in low_rank),
-        tuple(C.stride(0) for _, C, _ in low_rank),
-        tuple(C.stride(1) for _, C, _ in low_rank),
-        tuple(C.shape[0] for _, C, _ in low_rank),
-        tuple(None if d is None else d.seed for d in dropout),
-        tuple(None if d is None else scalar_on(device, d.threshold) for d in dropout),
-    )
+    rows = []
+    for q, C, d in low_rank:
+        draw = (None, None) if d is None else (d.seed, scalar_on(device, d.threshold))
+        rows.append((q, *q.stride(), C, *C.stride(), C.shape[0], *draw))
+    return tuple(zip(*rows, strict=True))
 
 
 def can_describe(products: Products, y: Tensor) -> bool:
@@ -110,27 +95,26 @@ def can_describe(products: Products, y: Tensor) -> bool:
     if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype or not _is_described(y):
         return False
     transposed = products[0][1].stride(1) != 1
-    return all(_is_described(a) and _is_described(b.mT if transposed else b) for a, b in products)
+    return all(_is_described(a) and _is_described(b, transposed) for a, b in products)
 
 
-def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[TensorDescriptor], list[int], bool]:
-    """Descriptors of a_1, b_1, .. a_3, b_3 (the last product fills up) and of y; the depth of each product; whether
-    each b is read as [N, K] and transposed."""
+def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[Any], list[Any], bool]:
+    """Descriptors of a_1, b_1, .. a_3, b_3 and of y; the depth of each product; whether each b is read as [N, K] and
+    transposed. None where there is no product."""
     transposed = products[0][1].stride(1) != 1
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    found, depths = [], []
+    descriptors: list[Any] = []
+    depths: list[Any] = []
     for a, b in products:
-        found += [_descriptor(a, [tile.block_m, tile.block_k]), _descriptor(b.mT if transposed else b, block)]
+        descriptors += [Described(a, [tile.block_m, tile.block_k]), Described(b, block, transposed)]
         depths.append(b.shape[0])
     missing = MOST_DESCRIBED - len(products)
-    descriptors = [*found, *found[-2:] * missing, _descriptor(y, [tile.block_m, tile.block_n])]
-    return descriptors, depths + [0] * missing, transposed
+    descriptors += [None] * (2 * missing)
+    return [*descriptors, Described(y, [tile.block_m, tile.block_n])], depths + [None] * missing, transposed
 
 
-def _is_described(t: Tensor) -> bool:
-    size, row = t.element_size(), t.stride(0)
-    return t.numel() > 0 and t.stride(1) == 1 and row >= t.shape[1] and row * size % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, [*t.shape], [*t.stride()], block)
+def _is_described(t: Tensor, transposed: bool = False) -> bool:
+    step = -1 if transposed else 1
+    (rows, columns), (row, column) = t.shape[::step], t.stride()[::step]
+    there = rows > 0 and 0 < columns <= row
+    return there and column == 1 and row * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0

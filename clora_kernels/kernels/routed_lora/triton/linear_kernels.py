@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...declared import Expects
 from .common import dot, kept, load_threshold, load_tile, rounded, store_tile, widened
-from .forms import form, launch, tile_for
+from .forms import form, tile_for, tiled
 
 
 def most_ranks(itemsize: int) -> int:
@@ -135,7 +135,7 @@ def linear_tma_kernel(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors for a, b and y; one to three products, as arguments of their own because a launch takes
-    no descriptors in tuples."""
+    no descriptors in tuples; None where there is none."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -199,9 +199,12 @@ def _form(
     if tma:
         b = (tile.block_k, tile.block_n) if dx else (tile.block_n, tile.block_k)
         shapes = {"a": (tile.block_m, tile.block_k), "b": b, "y": (tile.block_m, tile.block_n)}
-        names = ("a_desc", "b_desc", "a_desc_1", "b_desc_1", "a_desc_2", "b_desc_2", "y_desc")
-        arguments |= {name: f"tensordesc<{dtype}{[*shapes[name[0]]]}>" for name in names}
-        arguments |= {"depth": "i32", "depth_1": "i32", "depth_2": "i32", "B_TRANSPOSED": not dx}
+        described = {name: f"tensordesc<{dtype}{[*shapes[name]]}>" for name in shapes}
+        for i, end in enumerate(("", "_1", "_2")):
+            there = i < products
+            arguments |= {f"{name}_desc{end}": described[name] if there else None for name in "ab"}
+            arguments[f"depth{end}"] = "i32" if there else None
+        arguments |= {"y_desc": described["y"], "B_TRANSPOSED": not dx}
     else:
         a = f"*{dtype}" if products else None
         of_products = {
@@ -211,7 +214,7 @@ def _form(
         arguments |= {k: (v,) * terms for k, v in of_products.items()} | {"y_ptr": base or f"*{dtype}"}
         once += ("a_ptrs", "b_ptrs") if strided else ()  # asynchronous copies move 4 bytes at least
     expects = Expects(wgmma=dtype != "fp32", single_buffered=once, tf32=precision == "tf32")
-    return form(linear_tma_kernel if tma else linear_kernel, arguments, **launch(tile, architecture, expects))
+    return form(linear_tma_kernel if tma else linear_kernel, arguments, **tiled(tile, architecture, expects))
 
 
 COMPILATIONS = [

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import cdiv, launch
 from ..algebra import Packed, Projection
 from .common import block_of_rank, dot, load_tile, on_device_of, scalar_on, store_tile, widened
 from .forms import form
@@ -92,16 +93,16 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
     packed_A = _rows(j.lora_A, r, K, dtype) if cast_A else None
     packed_C = _rows(j.lora_A, r, N, dtype) if C else None
     live = _rows(j.lora_A, r, N, dtype) if C_live else None
-    tiles_of_A, block_r = triton.cdiv(K, BLOCK) if cast_A else 0, block_of_rank(r, BLOCK_OF_RANKS)
+    tiles_of_A, block_r = cdiv(K, BLOCK) if cast_A else 0, block_of_rank(r, BLOCK_OF_RANKS)
     grid = (
-        tiles_of_A + (triton.cdiv(N, BLOCK) if C or C_live else 0),
-        triton.cdiv(r, block_of_rank(r, BLOCK_OF_RANKS)),
+        tiles_of_A + (cdiv(N, BLOCK) if C or C_live else 0),
+        cdiv(r, block_of_rank(r, BLOCK_OF_RANKS)),
     )
     if grid[0]:
         routing, frozen = routings(j, not j.bank)
         with on_device_of(j.lora_A):
-            pack_kernel[grid](
-                j.lora_A, *j.lora_A.stride(), j.lora_B, *j.lora_B.stride(), *routing, *frozen,
+            launch(
+                pack_kernel, grid, j.lora_A, *j.lora_A.stride(), j.lora_B, *j.lora_B.stride(), *routing, *frozen,
                 scalar_on(j.lora_A.device, j.scaling), *_pitch(packed_A, j.lora_A), *_pitch(packed_C, j.lora_A),
                 *_pitch(live, j.lora_A), N, K, r, tiles_of_A, WANT_C=C, WANT_LIVE=C_live,
                 IDENTITY=j.routing is None or j.bank, FROZEN=frozen[0] is not j.lora_A,
@@ -112,7 +113,8 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
 
 def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns] in a buffer whose rows are a multiple of 16 bytes."""
-    return torch.empty((rows, triton.cdiv(columns, 8) * 8), dtype=dtype, device=like.device)[:, :columns]
+    whole = torch.empty((rows, cdiv(columns, 8) * 8), dtype=dtype, device=like.device)
+    return whole[:, :columns] if columns % 8 else whole
 
 
 def _pitch(t: Tensor | None, placeholder: Tensor) -> tuple[Tensor, int]:

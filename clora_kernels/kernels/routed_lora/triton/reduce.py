@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import cdiv, launch
 from ..algebra import Dropout
 from ..tables import table_of
 from ..tiles import ReduceTile, key_of, look_up
@@ -24,7 +25,7 @@ from .common import (
     split,
     store_tile,
 )
-from .forms import form, launch, tile_for
+from .forms import form, tile_for, tiled
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,24 +100,25 @@ def reduce(small: list[Tensor], big: Tensor, dropout: list[Dropout | None]) -> l
 def _launch(big: Tensor, terms: list[tuple[Tensor, Dropout | None, Tensor]], block_r: int) -> None:
     M, K = big.shape
     small, dropout, out = zip(*terms, strict=True)
-    masked, rank = any(d is not None for d in dropout), block_r * len(terms)
+    masked, rank = any([d is not None for d in dropout]), block_r * len(terms)
+    operands = tuple(zip(*[(t, *t.stride(), t.shape[1]) for t in small], strict=True))
     key = key_of("reduce", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
     tile: ReduceTile = look_up(key, table_of(big).tiles)
-    blocks_of_columns = triton.cdiv(K, tile.block_k)
-    steps, splits = split(triton.cdiv(M, tile.block_m), blocks_of_columns, 4 * sum(t.numel() for t in out), tile, big)
+    blocks_of_columns = cdiv(K, tile.block_k)
+    steps, splits = split(cdiv(M, tile.block_m), blocks_of_columns, 4 * sum([t.numel() for t in out]), tile, big)
     parts = out
     if splits > 1:
-        parts = tuple(torch.empty((splits, *t.shape), dtype=torch.float32, device=big.device) for t in out)
-    reduce_kernel[(blocks_of_columns, splits)](
-        small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), tuple(t.shape[1] for t in small),
-        big, *big.stride(), tuple(None if d is None else d.seed for d in dropout),
-        tuple(None if d is None else scalar_on(big.device, d.threshold) for d in dropout), parts, M, K, steps,
+        parts = tuple([torch.empty((splits, *t.shape), dtype=torch.float32, device=big.device) for t in out])
+    launch(
+        reduce_kernel, (blocks_of_columns, splits),
+        *operands, big, *big.stride(), tuple([None if d is None else d.seed for d in dropout]),
+        tuple([None if d is None else scalar_on(big.device, d.threshold) for d in dropout]), parts, M, K, steps,
         TERMS=len(terms), PRECISION=precision(big.dtype), BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         for part, total in zip(parts, out, strict=True):
-            reduce_sums_kernel[(triton.cdiv(total.numel(), 1024),)](part, splits, total, total.numel(), BLOCK=1024)
+            launch(reduce_sums_kernel, (cdiv(total.numel(), 1024),), part, splits, total, total.numel(), BLOCK=1024)
 
 
 def _form(architecture: int, dtype: str, r: int, terms: int = 1, *, masked=False, precision="ieee"):
@@ -133,7 +135,7 @@ def _form(architecture: int, dtype: str, r: int, terms: int = 1, *, masked=False
         **{k: (v,) * terms for k, v in each.items()},
     }  # fmt: skip
     expects = Expects(wgmma=dtype != "fp32", tf32=precision == "tf32")
-    return form(reduce_kernel, arguments, **launch(tile, architecture, expects))
+    return form(reduce_kernel, arguments, **tiled(tile, architecture, expects))
 
 
 COMPILATIONS = [

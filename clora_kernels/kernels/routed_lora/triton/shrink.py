@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import cdiv, launch
 from ..algebra import Term
 from ..tables import table_of
 from ..tiles import ShrinkTile, key_of, look_up
@@ -25,7 +26,7 @@ from .common import (
     split,
     store_tile,
 )
-from .forms import form, launch, tile_for
+from .forms import form, tile_for, tiled
 
 
 @triton.jit
@@ -138,36 +139,33 @@ def shrink(big: Tensor, terms: list[Term]) -> list[tuple[Tensor | None, Tensor |
 
 def _launch(big: Tensor, terms: list[Term], outputs: list[tuple[Tensor | None, Tensor | None]], block_r: int) -> None:
     M, K = big.shape
-    small, gates = tuple(t.small for t in terms), tuple(t.gate for t in terms)
-    ranks = tuple(t.shape[0] for t in small)
-    masks = [t.dropout if t.masked else None for t in terms]
-    masked = any(d is not None for d in masks)
-    thresholds = tuple(None if t.dropout is None else scalar_on(big.device, t.dropout.threshold) for t in terms)
-    rank = block_r * len(terms)
+    of_sums, of_finish = [], []
+    masked, rank = False, block_r * len(terms)
+    for t, written in zip(terms, outputs, strict=True):
+        mask = t.dropout if t.masked else None
+        masked |= mask is not None
+        threshold = None if t.dropout is None else scalar_on(big.device, t.dropout.threshold)
+        draw = (None, None) if mask is None else (mask.seed, threshold)
+        of_sums.append((t.small, *t.small.stride(), t.small.shape[0], *draw))
+        of_finish.append((t.gate, *((0, 0) if t.gate is None else t.gate.stride()), threshold, *written))
+    sums, finish = tuple(zip(*of_sums, strict=True)), tuple(zip(*of_finish, strict=True))
     key = key_of("shrink", capability(big), big.dtype, M, 0, K, rank, len(terms), masked)
     tile: ShrinkTile = look_up(key, table_of(big).tiles)
-    blocks_of_rows = triton.cdiv(M, tile.block_m)
-    steps, splits = split(triton.cdiv(K, tile.block_k), blocks_of_rows, 4 * M * rank, tile, big)
+    blocks_of_rows = cdiv(M, tile.block_m)
+    steps, splits = split(cdiv(K, tile.block_k), blocks_of_rows, 4 * M * rank, tile, big)
     parts = None
     if splits > 1:
         parts = torch.empty((splits, len(terms), M, block_r), dtype=torch.float32, device=big.device)
-    finish = (
-        gates,
-        tuple(0 if g is None else g.stride(0) for g in gates), tuple(0 if g is None else g.stride(1) for g in gates),
-        thresholds, tuple(unrounded for unrounded, _ in outputs), tuple(gated for _, gated in outputs),
-    )  # fmt: skip
-    shrink_kernel[(blocks_of_rows, splits)](
-        big, *big.stride(), small, tuple(t.stride(0) for t in small), tuple(t.stride(1) for t in small), ranks,
-        tuple(None if d is None else d.seed for d in masks),
-        tuple(None if d is None else t for d, t in zip(masks, thresholds, strict=True)),
-        *finish, parts, M, K, steps, TERMS=len(terms), PRECISION=precision(big.dtype),
-        BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+    launch(
+        shrink_kernel, (blocks_of_rows, splits), big, *big.stride(), *sums, *finish, parts, M, K, steps,
+        TERMS=len(terms), PRECISION=precision(big.dtype), BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if parts is not None:
-        shrink_sums_kernel[(triton.cdiv(M, 16),)](
-            parts, splits, ranks, *finish, M, TERMS=len(terms), BLOCK_M=16, BLOCK_R=block_r
-        )
+        launch(
+            shrink_sums_kernel, (cdiv(M, 16),), parts, splits, sums[3], *finish, M,
+            TERMS=len(terms), BLOCK_M=16, BLOCK_R=block_r,
+        )  # fmt: skip
 
 
 def _form(
@@ -188,7 +186,7 @@ def _form(
         "BLOCK_M": tile.block_m, "BLOCK_R": r, "BLOCK_K": tile.block_k, **{k: (v,) * terms for k, v in each.items()},
     }  # fmt: skip
     expects = Expects(wgmma=dtype != "fp32", tf32=precision == "tf32")
-    return form(shrink_kernel, arguments, **launch(tile, architecture, expects))
+    return form(shrink_kernel, arguments, **tiled(tile, architecture, expects))
 
 
 def _sums_form(dtype: str, r: int, terms: int):

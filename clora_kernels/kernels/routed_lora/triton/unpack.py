@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...declared import Expects
+from ...launch import cdiv, launch
 from ..algebra import Needs, Projection
 from .common import block_of_rank, dot, load_tile, on_device_of, rounded, scalar_on, store_tile, widened
 from .forms import form
@@ -103,20 +104,22 @@ def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor
     with on_device_of(U):
         if need.lora_B:
             dB = torch.empty((N, r), dtype=j.lora_B.dtype, device=U.device)
-            grid = (triton.cdiv(N, BLOCK), triton.cdiv(r, block_r))
-            unpack_B_kernel[grid](
-                U, *U.stride(), *routing, scaling, dB, N, r, IDENTITY=identity, BLOCK=BLOCK, BLOCK_R=block_r
-            )
+            grid = (cdiv(N, BLOCK), cdiv(r, block_r))
+            launch(
+                unpack_B_kernel, grid, U, *U.stride(), *routing, scaling, dB, N, r,
+                IDENTITY=identity, BLOCK=BLOCK, BLOCK_R=block_r,
+            )  # fmt: skip
         if need.routing or need.scaling:
             parts, splits = _routing_parts(j.lora_B, U, block_r)
         if need.routing:
             dR = torch.empty((r, r), dtype=j.routing.dtype, device=U.device)
-            unpack_sums_kernel[(triton.cdiv(r * r, 256),)](parts, splits, scaling, dR, r, BLOCK=256)
+            launch(unpack_sums_kernel, (cdiv(r * r, 256),), parts, splits, scaling, dR, r, BLOCK=256)
         if need.scaling:
             ds = torch.empty((), dtype=torch.float32, device=U.device)
-            unpack_scaling_kernel[(1,)](
-                parts, splits, *routing, *frozen, ds, r, IDENTITY=identity, FROZEN=has_frozen, BLOCK_R=block_of_rank(r)
-            )
+            launch(
+                unpack_scaling_kernel, (1,), parts, splits, *routing, *frozen, ds, r,
+                IDENTITY=identity, FROZEN=has_frozen, BLOCK_R=block_of_rank(r),
+            )  # fmt: skip
             dscaling = ds.to(j.scaling)
     return dB, dR, dscaling
 
@@ -124,13 +127,14 @@ def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor
 def _routing_parts(lora_B: Tensor, U: Tensor, block_r: int) -> tuple[Tensor, int]:
     """U·lora_B [splits, r, r] in parts, and how many."""
     r, N = U.shape
-    steps = max(triton.cdiv(triton.cdiv(N, BLOCK), MOST_SPLITS), 2)
-    splits = max(triton.cdiv(N, steps * BLOCK), 1)
+    steps = max(cdiv(cdiv(N, BLOCK), MOST_SPLITS), 2)
+    splits = max(cdiv(N, steps * BLOCK), 1)
     parts = torch.empty((splits, r, r), dtype=torch.float32, device=U.device)
-    tiles = triton.cdiv(r, block_r)
-    unpack_routing_kernel[(tiles, tiles, splits)](
-        U, *U.stride(), lora_B, *lora_B.stride(), parts, N, r, steps, BLOCK=BLOCK, BLOCK_R=block_r
-    )
+    tiles = cdiv(r, block_r)
+    launch(
+        unpack_routing_kernel, (tiles, tiles, splits), U, *U.stride(), lora_B, *lora_B.stride(), parts, N, r, steps,
+        BLOCK=BLOCK, BLOCK_R=block_r,
+    )  # fmt: skip
     return parts, splits
 
 
