@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from addresses import only_elements_of, whole
@@ -85,6 +87,25 @@ def test_unpack(device, r, N, kind, layout):
             found = kernels.unpack(j, U, Needs(False, False, lora_B, routing, False, False, scaling))
         for got, want, flag in zip(found, whole_, (lora_B, routing, scaling), strict=True):
             assert got is None if not flag else torch.equal(got, want) and got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("where", ["there", "here", "by value"])
+def test_the_scaling_comes_as_a_number_or_by_a_pointer(device, monkeypatch, where):
+    """On the device, on the CPU, which are one under the interpreter, and as it comes from a CPU to a GPU."""
+    j = projection(device, 5, 8, 67, frozen=True)._replace(scaling=torch.tensor(3.0, dtype=torch.float64))
+    if where == "there":
+        j = j._replace(scaling=j.scaling.to(device))
+    if where == "by value":
+        for primitive in ("pack", "unpack"):
+            module = sys.modules[f"{kernels.__name__}.{primitive}"]
+            monkeypatch.setattr(module, "number_for", lambda device, scalar: scalar.item())
+    U, (total, live) = whole((5, 67), 9, device), routed(j)
+    packed = kernels.pack(j, BF16, True, True, True)
+    dB, dR, ds = kernels.unpack(j, U, Needs(*[True] * 7))
+    assert torch.equal(packed.C, (3 * total @ j.lora_B.mT).to(BF16))
+    assert torch.equal(packed.C_live, (3 * live @ j.lora_B.mT).to(BF16))
+    assert torch.equal(dB, 3 * (U.mT @ live)) and torch.equal(dR, 3 * U @ j.lora_B)
+    assert ds.dtype == torch.float64 and ds.device == j.scaling.device
 
 
 def test_unpack_rounds_once_to_what_the_arguments_are(device):

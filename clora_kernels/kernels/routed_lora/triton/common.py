@@ -34,6 +34,15 @@ def widened(value):
 
 
 @triton.jit
+def number(value):
+    """A number in fp32 that comes as it is, or by a pointer."""
+    value = tl.to_tensor(value)  # the interpreter hands on a number of Python
+    if value.dtype.is_ptr():
+        value = tl.load(value)
+    return widened(value)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in fp32. The interpreter multiplies the bit patterns of bf16, so there operands are converted first."""
     if INTERPRETED:
@@ -132,6 +141,11 @@ def scalar_on(device: torch.device, scalar: Tensor) -> Tensor:
     if scalar.device == device:
         return scalar
     return torch.full((), scalar.item(), dtype=scalar.dtype, device=device)
+
+
+def number_for(device: torch.device, scalar: Tensor) -> Tensor | float:
+    """A 0-dim tensor as kernels on ``device`` take a ``number``: by a pointer where it lies there, else as it is."""
+    return scalar if scalar.device == device else scalar.item()
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...declared import Expects
 from ...launch import cdiv, launch
 from ..algebra import Packed, Projection
-from .common import block_of_rank, dot, load_tile, on_device_of, scalar_on, store_tile, widened
+from .common import block_of_rank, dot, load_tile, number, number_for, on_device_of, store_tile, widened
 from .forms import form
 
 BLOCK = 64
@@ -41,7 +41,7 @@ def load_routing(
 @triton.jit
 def pack_kernel(
     lora_A_ptr, stride_ar, stride_ak, lora_B_ptr, stride_bn, stride_br,
-    routing_ptr, stride_ti, stride_tj, frozen_ptr, stride_fi, stride_fj, scaling_ptr,
+    routing_ptr, stride_ti, stride_tj, frozen_ptr, stride_fi, stride_fj, scaling,
     A_ptr, stride_pr, C_ptr, stride_cr, live_ptr, stride_lr, N, K, r, tiles_of_A,
     WANT_C: tl.constexpr, WANT_LIVE: tl.constexpr, IDENTITY: tl.constexpr, FROZEN: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -57,10 +57,10 @@ def pack_kernel(
     else:
         offs_n = (pid - tiles_of_A) * BLOCK + tl.arange(0, BLOCK)
         mask_n = offs_n < N
-        scaling = widened(tl.load(scaling_ptr))
+        s = number(scaling)
         if IDENTITY:
             b = load_tile(lora_B_ptr, stride_br, stride_bn, offs_i, offs_n, mask_i, mask_n)  # [BLOCK_R, BLOCK]
-            store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, widened(b) * scaling)
+            store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, widened(b) * s)
         else:
             C = tl.zeros((BLOCK_R, BLOCK), tl.float32)
             C_live = tl.zeros((BLOCK_R, BLOCK), tl.float32)
@@ -77,9 +77,9 @@ def pack_kernel(
                 if WANT_LIVE:
                     C_live = dot(live, b, C_live, "ieee")
             if WANT_C:
-                store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, C * scaling)
+                store_tile(C_ptr, stride_cr, 1, offs_i, offs_n, mask_i, mask_n, C * s)
             if WANT_LIVE:
-                store_tile(live_ptr, stride_lr, 1, offs_i, offs_n, mask_i, mask_n, C_live * scaling)
+                store_tile(live_ptr, stride_lr, 1, offs_i, offs_n, mask_i, mask_n, C_live * s)
 
 
 def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> Packed:
@@ -103,7 +103,7 @@ def pack(j: Projection, dtype: torch.dtype, A: bool, C: bool, C_live: bool) -> P
         with on_device_of(j.lora_A):
             launch(
                 pack_kernel, grid, j.lora_A, *j.lora_A.stride(), j.lora_B, *j.lora_B.stride(), *routing, *frozen,
-                scalar_on(j.lora_A.device, j.scaling), *_pitch(packed_A, j.lora_A), *_pitch(packed_C, j.lora_A),
+                number_for(j.lora_A.device, j.scaling), *_pitch(packed_A, j.lora_A), *_pitch(packed_C, j.lora_A),
                 *_pitch(live, j.lora_A), N, K, r, tiles_of_A, WANT_C=C, WANT_LIVE=C_live,
                 IDENTITY=j.routing is None or j.bank, FROZEN=frozen[0] is not j.lora_A,
                 BLOCK=BLOCK, BLOCK_R=block_r, num_warps=block_r // 4,
@@ -135,12 +135,12 @@ def routing_forms(dtype: str | None, frozen: bool) -> dict[str, Any]:
     return {**live, "frozen_ptr": live["routing_ptr"], "stride_fi": "i32", "stride_fj": 1 if frozen else "i32"}
 
 
-def _form(dtype: str, out: str, r: int, routing: bool = True, frozen: bool = False, live: bool = False):
+def _form(dtype: str, out: str, r: int, routing: bool = True, frozen: bool = False, live: bool = False, scaling="fp32"):
     """A launch of ``pack_kernel``: parameters of ``dtype``, packed in ``out``."""
     block_r = min(max(r, 16), BLOCK_OF_RANKS)
     arguments = {
         "lora_A_ptr": f"*{dtype}", "stride_ar": "i32", "stride_ak": 1, "lora_B_ptr": f"*{dtype}", "stride_bn": "i32",
-        "stride_br": 1, **routing_forms(dtype if routing else None, frozen), "scaling_ptr": "*fp32",
+        "stride_br": 1, **routing_forms(dtype if routing else None, frozen), "scaling": scaling,
         "A_ptr": f"*{out}", "stride_pr": "i32", "C_ptr": f"*{out}", "stride_cr": "i32", "live_ptr": f"*{out}",
         "stride_lr": "i32", "N": "i32", "K": "i32", "r": "i32", "tiles_of_A": "i32", "WANT_C": True, "WANT_LIVE": live,
         "IDENTITY": not routing, "FROZEN": frozen, "BLOCK": BLOCK, "BLOCK_R": block_r,
@@ -153,6 +153,6 @@ COMPILATIONS = [
     _form("fp32", "bf16", 16, routing=False),
     _form("fp32", "bf16", 16),
     _form("fp32", "bf16", 256, frozen=True, live=True),
-    _form("bf16", "bf16", 16, frozen=True),
+    _form("bf16", "bf16", 16, frozen=True, scaling="*fp32"),
     _form("fp32", "fp32", 16),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...declared import Expects
 from ...launch import cdiv, launch
 from ..algebra import Needs, Projection
-from .common import block_of_rank, dot, load_tile, on_device_of, rounded, scalar_on, store_tile, widened
+from .common import block_of_rank, dot, load_tile, number, number_for, on_device_of, rounded, store_tile, widened
 from .forms import form
 from .pack import BLOCK, BLOCK_OF_RANKS, load_routing, routing_forms, routings
 
@@ -20,7 +20,7 @@ MOST_SPLITS = 32
 
 @triton.jit
 def unpack_B_kernel(
-    U_ptr, stride_ur, stride_un, routing_ptr, stride_ti, stride_tj, scaling_ptr, dB_ptr, N, r,
+    U_ptr, stride_ur, stride_un, routing_ptr, stride_ti, stride_tj, scaling, dB_ptr, N, r,
     IDENTITY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dB = s·Uᵀ·R [N, r], contiguous."""
@@ -36,7 +36,7 @@ def unpack_B_kernel(
             u = load_tile(U_ptr, stride_un, stride_ur, offs_n, offs_j, mask_n, offs_j < r)  # [BLOCK, BLOCK_R]
             live = widened(load_tile(routing_ptr, stride_ti, stride_tj, offs_j, offs_i, offs_j < r, mask_i))
             dB = dot(u, live, dB, "ieee")  # [BLOCK, BLOCK_R]·[BLOCK_R, BLOCK_R]
-    dB *= widened(tl.load(scaling_ptr))
+    dB *= number(scaling)
     store_tile(dB_ptr, r, 1, offs_n, offs_i, mask_n, mask_i, dB)
 
 
@@ -59,14 +59,14 @@ def unpack_routing_kernel(
 
 
 @triton.jit
-def unpack_sums_kernel(parts_ptr, splits, scaling_ptr, dR_ptr, r, BLOCK: tl.constexpr):
+def unpack_sums_kernel(parts_ptr, splits, scaling, dR_ptr, r, BLOCK: tl.constexpr):
     """dR = s·Σ parts [r, r], contiguous, in the order of the parts."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
         acc += tl.load(parts_ptr + offs, mask=offs < r * r, other=0.0)  # [BLOCK]
         parts_ptr += r * r
-    acc *= widened(tl.load(scaling_ptr))
+    acc *= number(scaling)
     tl.store(dR_ptr + offs, rounded(acc, dR_ptr.dtype.element_ty), mask=offs < r * r)
 
 
@@ -98,7 +98,7 @@ def unpack(j: Projection, U: Tensor, need: Needs) -> tuple[Tensor | None, Tensor
     r, N = U.shape
     block_r = block_of_rank(r, BLOCK_OF_RANKS)
     routing, frozen = routings(j, True)
-    scaling = scalar_on(U.device, j.scaling)
+    scaling = number_for(U.device, j.scaling)
     identity, has_frozen = j.routing is None, frozen[0] is not j.lora_A
     dB = dR = dscaling = None
     with on_device_of(U):
@@ -144,12 +144,12 @@ def _forms(dtype: str, r: int, routing: bool = True):
     live = {k: v for k, v in R.items() if not k.startswith(("frozen", "stride_f"))}
     U = {"U_ptr": "*fp32", "stride_ur": "i32", "stride_un": 1, "N": "i32", "r": "i32", "BLOCK": BLOCK}
     B = {"lora_B_ptr": f"*{dtype}", "stride_bn": "i32", "stride_br": 1}
-    of_B = {**U, **live, "scaling_ptr": "*fp32", "dB_ptr": f"*{dtype}", "IDENTITY": not routing, "BLOCK_R": block_r}
+    of_B = {**U, **live, "scaling": "fp32", "dB_ptr": f"*{dtype}", "IDENTITY": not routing, "BLOCK_R": block_r}
     of_R = {**U, **B, "parts_ptr": "*fp32", "steps": "i32", "BLOCK_R": block_r}
     sums = {
         "parts_ptr": "*fp32",
         "splits": "i32",
-        "scaling_ptr": "*fp32",
+        "scaling": "*fp32",
         "dR_ptr": f"*{dtype}",
         "r": "i32",
         "BLOCK": 256,
