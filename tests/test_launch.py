@@ -96,12 +96,18 @@ def make_kernel() -> JITFunction:
     return JITFunction(plain_kernel, do_not_specialize=["m"])
 
 
+def in_blocks(t: torch.Tensor, block_shape: list[int], transposed: bool = False) -> Described:
+    found = Described(t, transposed)
+    found.block_shape = block_shape
+    return found
+
+
 STORE = torch.zeros(4096)
 ALIGNED, OTHER = STORE[:1024].view(32, 32), STORE[1024:2048].view(32, 32)
 OF_4, OF_8 = STORE[2049:3073].view(32, 32), STORE[2050:3074].view(32, 32)
 assert STORE.data_ptr() % 16 == 0
 
-PLAIN = (ALIGNED, None, (1, 16), (OTHER, None), 5, 0.5, Described(ALIGNED, [16, 32]))
+PLAIN = (ALIGNED, None, (1, 16), (OTHER, None), 5, 0.5, in_blocks(ALIGNED, [16, 32]))
 OPTIONS = {"A": 1, "B": 2, "num_warps": 4}
 INTEGERS = [
     0, 1, 2, 8, 15, 16, 17, 24, 2**31 - 1, 2**31 - 16, 2**31, 2**32, 2**63, -1, -16, -(2**31) - 1, True, False
@@ -115,8 +121,8 @@ VALUES = {
     4: INTEGERS,
     5: [0.5, 1.0, None, 1],
     6: [
-        None, ALIGNED, Described(ALIGNED, [16, 32]), Described(OTHER, [16, 32]), Described(OTHER.mT, [16, 32], True),
-        Described(ALIGNED, [32, 16]), Described(ALIGNED.bfloat16(), [16, 32]),
+        None, ALIGNED, in_blocks(ALIGNED, [16, 32]), in_blocks(OTHER, [16, 32]), in_blocks(OTHER.mT, [16, 32], True),
+        in_blocks(ALIGNED, [32, 16]), in_blocks(ALIGNED.bfloat16(), [16, 32]),
     ],
 }  # fmt: skip
 
@@ -173,7 +179,7 @@ def test_triton_chooses_once_for_a_kind_of_arguments(driver, by_triton):
     kernel = make_kernel()
     launch(kernel, (7,), *PLAIN, **OPTIONS)
     assert by_triton == ["plain_kernel"]
-    others = (OTHER, None, (1, 48), (ALIGNED, None), 7, 1.5, Described(OTHER, [16, 32]))
+    others = (OTHER, None, (1, 48), (ALIGNED, None), 7, 1.5, in_blocks(OTHER, [16, 32]))
     for args, grid in ((PLAIN, (7,)), (others, (1, 2)), (PLAIN, (1, 2, 3))):
         launch(kernel, grid, *args, **OPTIONS)
     assert len(by_triton) == 1
@@ -198,7 +204,7 @@ def test_triton_judges_a_description_that_is_not_aligned(driver, by_triton):
     kernel = make_kernel()
     launch(kernel, (1,), *PLAIN, A=1, B=2)
     with pytest.raises(AssertionError, match="16-byte aligned"):
-        launch(kernel, (1,), *with_value(6, Described(OF_8, [16, 32])), A=1, B=2)
+        launch(kernel, (1,), *with_value(6, in_blocks(OF_8, [16, 32])), A=1, B=2)
     assert len(by_triton) == 1
 
 
@@ -241,7 +247,7 @@ def test_what_is_not_compiled_yet_is_not_kept(driver, by_triton, monkeypatch):
 
 def test_a_description_is_what_triton_makes_of_it():
     t = torch.zeros(32, 64)
-    for stated, shape in ((Described(t, [16, 32]), [32, 64]), (Described(t.mT, [16, 32], True), [32, 64])):
+    for stated, shape in ((in_blocks(t, [16, 32]), [32, 64]), (in_blocks(t.mT, [16, 32], True), [32, 64])):
         made = module._for_triton(stated)
         assert made.base is stated.base and made.block_shape == [16, 32] and made.padding == stated.padding == "zero"
         assert made.shape == stated.shape == shape and made.strides == stated.strides == [64, 1]

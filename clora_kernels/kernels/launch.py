@@ -31,16 +31,22 @@ def cdiv(a: int, b: int) -> int:
 
 class Described:
     """A matrix that a kernel reads or writes in blocks, by TMA, transposed or as it is: what a launch asks of Triton's
-    ``TensorDescriptor``, which is made, and checked, where Triton launches."""
+    ``TensorDescriptor``, which is made, and checked, where Triton launches. ``block_shape`` is set before a launch."""
 
     __slots__ = ("base", "block_shape", "shape", "strides")
+    block_shape: list[int]
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, base: Tensor, block_shape: list[int], transposed: bool = False) -> None:
+    def __init__(self, base: Tensor, transposed: bool = False) -> None:
         step = -1 if transposed else 1  # a view of its own would cost a microsecond
-        self.base, self.block_shape = base, block_shape
-        self.shape, self.strides = [*base.shape[::step]], [*base.stride()[::step]]
+        self.base, self.shape, self.strides = base, [*base.shape[::step]], [*base.stride()[::step]]
+
+    def fits(self) -> bool:
+        """Whether TMA takes it: the last stride 1, the base and the other stride multiples of 16 bytes."""
+        (rows, columns), (row, column), base = self.shape, self.strides, self.base
+        there = rows > 0 and 0 < columns <= row
+        return there and column == 1 and row * base.itemsize % 16 == 0 and base.data_ptr() % 16 == 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -31,7 +31,7 @@ def linear(
 
     a [M, K], b [K, N], q [M, r] and C [r, N] of one dtype, any strides; bias [N] and base_output [M, N] of any. The sum
     is fp32 throughout. No scratch. From compute capability 9.0 on tiles come and go by TMA where layout and alignment
-    allow it (see ``can_describe``), elsewhere by pointers.
+    allow it (see ``describe``), elsewhere by pointers.
     """
     q, C, _ = low_rank[0]
     M, N = q.shape[0], C.shape[1]
@@ -47,8 +47,8 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
     r, terms = max([C.shape[0] for _, C, _ in low_rank]), max(len(products), len(low_rank))
     K = max([b.shape[0] for _, b in products], default=0)
     masked, kind = any([d is not None for _, _, d in low_rank]), capability(y)
-    tma = kind in TMA_CLASSES and can_describe(products, y)
-    key = key_of("linear", kind, q.dtype, M, N, K, block_of_rank(r), terms, masked, tma)
+    described = describe(products, y) if kind in TMA_CLASSES else None
+    key = key_of("linear", kind, q.dtype, M, N, K, block_of_rank(r), terms, masked, described is not None)
     tile: LinearTile = look_up(key, table_of(y).tiles)
     block_r = block_of_rank(r, most_ranks(q.dtype.itemsize))
     shared = dict(
@@ -63,11 +63,11 @@ def _launch(products: Products, low_rank: LowRank, bias: Tensor | None, base_out
         bias, 0 if bias is None else bias.stride(0),
         base_output, *((0, 0) if base_output is None else base_output.stride()),
     )  # fmt: skip
-    if tma:
-        descriptors, depths, transposed = describe(products, y, tile)
+    if described is not None:
+        descriptors, depths = _in_blocks(*described, tile)
         launch(
             linear_tma_kernel, grid, *descriptors, *depths, *low, *outer, M, N,
-            PRODUCTS=len(products), B_TRANSPOSED=transposed, **shared,
+            PRODUCTS=len(products), B_TRANSPOSED=described[1], **shared,
         )  # fmt: skip
         return
     launch(linear_kernel, grid, *_by_pointers(products), *low, *outer, y, M, N, PRODUCTS=len(products), **shared)
@@ -89,32 +89,26 @@ def _terms(low_rank: LowRank, device: torch.device) -> tuple[tuple[Any, ...], ..
     return tuple(zip(*rows, strict=True))
 
 
-def can_describe(products: Products, y: Tensor) -> bool:
-    """Whether TMA takes every a, b and y: the last stride 1, the base and the other stride multiples of 16 bytes. All b
-    must lie alike, [K, N] or transposed [N, K], and y must have their dtype."""
-    if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype or not _is_described(y):
-        return False
+def describe(products: Products, y: Tensor) -> tuple[list[Described], bool] | None:
+    """a_1, b_1, .., y as TMA takes them, and whether each b is read as [N, K] and transposed; None where it does not
+    take them all: all b must lie alike, [K, N] or transposed [N, K], and y must have their dtype."""
+    if not 1 <= len(products) <= MOST_DESCRIBED or y.dtype != products[0][0].dtype:
+        return None
     transposed = products[0][1].stride(1) != 1
-    return all(_is_described(a) and _is_described(b, transposed) for a, b in products)
-
-
-def describe(products: Products, y: Tensor, tile: LinearTile) -> tuple[list[Any], list[Any], bool]:
-    """Descriptors of a_1, b_1, .. a_3, b_3 and of y; the depth of each product; whether each b is read as [N, K] and
-    transposed. None where there is no product."""
-    transposed = products[0][1].stride(1) != 1
-    block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    descriptors: list[Any] = []
-    depths: list[Any] = []
+    found = [Described(y)]
     for a, b in products:
-        descriptors += [Described(a, [tile.block_m, tile.block_k]), Described(b, block, transposed)]
-        depths.append(b.shape[0])
-    missing = MOST_DESCRIBED - len(products)
-    descriptors += [None] * (2 * missing)
-    return [*descriptors, Described(y, [tile.block_m, tile.block_n])], depths + [None] * missing, transposed
+        found[-1:-1] = [Described(a), Described(b, transposed)]
+    return (found, transposed) if all([one.fits() for one in found]) else None
 
 
-def _is_described(t: Tensor, transposed: bool = False) -> bool:
-    step = -1 if transposed else 1
-    (rows, columns), (row, column) = t.shape[::step], t.stride()[::step]
-    there = rows > 0 and 0 < columns <= row
-    return there and column == 1 and row * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+def _in_blocks(found: list[Described], transposed: bool, tile: LinearTile) -> tuple[list[Any], list[Any]]:
+    """The descriptors as the kernel takes them, in the blocks of a tile, and the depth of each product; None where
+    there is no product."""
+    *operands, y = found
+    of_b = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+    for a, b in zip(operands[::2], operands[1::2], strict=True):
+        a.block_shape, b.block_shape = [tile.block_m, tile.block_k], of_b
+    y.block_shape = [tile.block_m, tile.block_n]
+    depths: list[Any] = [a.shape[1] for a in operands[::2]]
+    missing = MOST_DESCRIBED - len(depths)
+    return [*operands, *[None] * (2 * missing), y], depths + [None] * missing
