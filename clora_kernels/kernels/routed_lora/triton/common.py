@@ -36,7 +36,6 @@ def widened(value):
 @triton.jit
 def number(value):
     """A number in fp32 that comes as it is, or by a pointer."""
-    value = tl.core.to_tensor(value)  # the interpreter hands on a number of Python
     if value.dtype.is_ptr():
         value = tl.load(value)
     return widened(value)
