@@ -253,5 +253,16 @@ def test_a_description_is_what_triton_makes_of_it():
         assert made.shape == stated.shape == shape and made.strides == stated.strides == [64, 1]
 
 
+def test_what_tma_takes():
+    assert Described(ALIGNED).fits() and Described(ALIGNED.mT, True).fits()
+    assert Described(STORE.view(64, 64)[:, 8:20]).fits()
+    for wrong in (
+        ALIGNED.mT, STORE.view(64, 64)[:, ::2], STORE[:0].view(0, 16), STORE[:0].view(16, 0), OF_8,
+        STORE[:3072].view(32, 96)[:, 1:], STORE[: 32 * 30].view(32, 30), ALIGNED[:1].expand(4, 32),
+    ):  # fmt: skip
+        assert not Described(wrong).fits()
+    assert not Described(ALIGNED, True).fits()
+
+
 def test_cdiv():
     assert [cdiv(a, 4) for a in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]

@@ -1,8 +1,8 @@
-"""How Triton kernels are launched: as Triton does it, at a tenth of what that costs the host.
+"""How Triton kernels are launched: as Triton does it, at less than half of what that costs the host.
 
-Before every launch Triton finds out in Python what the arguments are, to choose the kernel that was compiled for such
-arguments: 20 to 100 µs, more than a small layer computes. ``launch`` lets Triton choose once and remembers the choice
-under a key at least as fine as Triton's own: the device, for each argument None, its type, the dtype of a pointer and
+Before every launch Triton finds out what the arguments are, to choose the kernel that was compiled for such arguments,
+which may take longer than a small layer computes. ``launch`` lets Triton choose once and remembers the choice under a
+key at least as fine as Triton's own: the device, for each argument None, its type, the dtype of a pointer and
 of an integer whether it is 1 and whether it is a multiple of 16, and all constants. Whatever is not covered by that key
 goes Triton's way, each time: a pointer or an integer that is rare, a tensor of another device, hooks, debugging.
 """
@@ -25,7 +25,7 @@ _chosen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. ``triton.cdiv``, made for kernels, takes 3 µs."""
+    """⌈a / b⌉. ``triton.cdiv``, made for kernels, takes microseconds."""
     return -(-a // b)
 
 

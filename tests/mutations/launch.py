@@ -3,7 +3,6 @@
 from .mutant import mutants_of
 
 _TESTS = ("tests/test_launch.py",)
-_DESCRIBED = ("tests/test_routed_lora_triton_linear.py",)
 
 LAUNCH = mutants_of(
     "clora_kernels/kernels/launch.py",
@@ -57,15 +56,10 @@ LAUNCH = mutants_of(
         ("transposed-shape", "what is transposed keeps its shape", "[*base.shape[::step]]", "[*base.shape]"),
         ("transposed-strides", "what is transposed keeps its strides", "[*base.stride()[::step]]", "[*base.stride()]"),
         ("cdiv-rounds-down", "the last block is lost", "return -(-a // b)", "return a // b"),
-    ],
-)  # fmt: skip
-LAUNCH += mutants_of(
-    "clora_kernels/kernels/launch.py",
-    "launch-described",
-    _DESCRIBED,
-    [
-        ("base-unaligned", "a base of no 16 bytes is described", " and base.data_ptr() % 16 == 0", ""),
-        ("row-unaligned", "a row of no 16 bytes is described", " and row * base.itemsize % 16 == 0", ""),
-        ("column-strided", "columns that do not lie together are described", "there and column == 1 and", "there and"),
+        ("described-base", "a base of no 16 bytes is described", " and base.data_ptr() % 16 == 0", ""),
+        ("described-row", "a row of no 16 bytes is described", " and row * base.itemsize % 16 == 0", ""),
+        ("described-overlapping", "rows that overlap are described", "0 < columns <= row", "0 < columns"),
+        ("described-columns", "columns that do not lie together are described",
+         "there and column == 1 and", "there and"),
     ],
 )  # fmt: skip
