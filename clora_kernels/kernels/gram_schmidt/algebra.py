@@ -54,40 +54,11 @@ class Outputs(NamedTuple):
     dR: Tensor
 
 
-class Sweep(NamedTuple):
-    """What a step found: X, R [B, r, r] upper triangular, T [B, k, r], and ``state`` [B], DONE, AGAIN or HARD."""
-
-    X: Tensor
-    T: Tensor | None
-    R: Tensor
-    state: Tensor
-
-
 class Primitives(Protocol):
-    """What a backend brings. ``only`` [B] tells which matrices are asked for, None for all: what primitives return for
-    others is not read, and what it would write for them stays."""
+    """What a backend brings."""
 
-    def small(self, columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Q, R and the states after all sweeps, where the backend makes them in one step; else None."""
-
-    def gram(self, columns: Columns, only: Tensor | None) -> tuple[Tensor | None, Tensor]: ...
-
-    def step(
-        self,
-        S: Tensor | None,
-        G: Tensor,
-        rank_tol: float,
-        dtype: torch.dtype,
-        before: Tensor | None = None,
-        only: Tensor | None = None,
-    ) -> Sweep:
-        """A step for columns of ``dtype``; R is multiplied by ``before``, the R of a sweep before it."""
-
-    def apply(self, columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None) -> None:
-        """Write V·X − P·T to ``out``, rounded once."""
-
-    def deflate(self, columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:
-        """Write the result of the matrices that are ``hard`` [B]; leave the others as they are."""
+    def forward(self, columns: Columns, rank_tol: float) -> GramSchmidtResult:
+        """Q in the dtype of V, R in the accumulation dtype, rank; V is not empty."""
 
     def any(self, flags: Tensor) -> bool:
         """Whether a flag is set; True where the backend does not ask the device."""
@@ -104,31 +75,7 @@ def forward(kernels: Primitives, columns: Columns, rank_tol: float) -> GramSchmi
     V = columns.V
     if V.numel() == 0:
         return empty_result(V)
-    B, _, r = V.shape
-    Q, R, state = kernels.small(columns, rank_tol) or _sweeps(kernels, columns, rank_tol)
-    R = R.to(accumulation_dtype(V.dtype))
-    result = GramSchmidtResult(Q, R, torch.full((B,), r, dtype=torch.int32, device=V.device))
-    hard = state != DONE
-    if kernels.any(hard):
-        kernels.deflate(columns, hard, rank_tol, result)
-    return result
-
-
-def _sweeps(kernels: Primitives, columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R and the states after two sweeps at most."""
-    V, P = columns
-    first = kernels.step(*kernels.gram(columns, None), rank_tol, V.dtype)
-    state, R, Q = first.state, first.R, torch.empty_like(V)
-    kernels.apply(columns, first, Q, None)
-    again = state == AGAIN
-    if kernels.any(again):
-        swept = Columns(torch.empty_like(V, dtype=accumulation_dtype(V.dtype)), P)
-        kernels.apply(columns, first, swept.V, again)
-        second = kernels.step(*kernels.gram(swept, again), rank_tol, V.dtype, R, again)
-        kernels.apply(swept, second, Q, again)
-        R = torch.where(again[:, None, None], second.R, R)
-        state = torch.where(again, second.state, state)
-    return Q, R, state
+    return kernels.forward(columns, rank_tol)
 
 
 def complete(

@@ -9,6 +9,7 @@ needed (thousands of launches: 48 ms instead of 2 for 64 matrices 4096×64 on an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from ...reference.gram_schmidt import GramSchmidtResult, scale_exponents, times_power
 from ...reference.routed_lora import accumulation_dtype
 from ..views import cast
-from .algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns, Sweep
+from .algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns
 
 _GRAM_ERROR = 8.0
 """Error of an entry of a Gram matrix of unit columns, in units of the roundoff of its fp64 sums."""
@@ -64,25 +65,47 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return cast(_factor(left, acc).mT @ _factor(right, acc), acc)
 
 
-def small(columns: Columns, rank_tol: float) -> None:
-    """Nothing is made in one step."""
+class Sweep(NamedTuple):
+    """What a step found: X, R [B, r, r] upper triangular, T [B, k, r], and ``state`` [B], DONE, AGAIN or HARD."""
+
+    X: Tensor
+    T: Tensor | None
+    R: Tensor
+    state: Tensor
 
 
-def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+def forward(columns: Columns, rank_tol: float) -> GramSchmidtResult:
+    """A sweep, a second one for those that go again, and what no sweep gets done column by column."""
+    V, P = columns
+    B, _, r = V.shape
+    first = step(*gram(columns), rank_tol, V.dtype)
+    state, R, Q = first.state, first.R, torch.empty_like(V)
+    apply(columns, first, Q)
+    again = state == AGAIN
+    if any(again):
+        swept = Columns(torch.empty_like(V, dtype=accumulation_dtype(V.dtype)), P)
+        apply(columns, first, swept.V, again)
+        second = step(*gram(swept), rank_tol, V.dtype, R)
+        apply(swept, second, Q, again)
+        R = torch.where(again[:, None, None], second.R, R)
+        state = torch.where(again, second.state, state)
+    rank = torch.full((B,), r, dtype=torch.int32, device=V.device)
+    result = GramSchmidtResult(Q, R.to(accumulation_dtype(V.dtype)), rank)
+    hard = state != DONE
+    if any(hard):
+        deflate(columns, hard, rank_tol, result)
+    return result
+
+
+def gram(columns: Columns) -> tuple[Tensor | None, Tensor]:
     """S [B, k, r] and G [B, r, r] in fp64."""
     W = columns.V.double()
     return None if columns.P is None else columns.P.double().mT @ W, W.mT @ W
 
 
-def step(
-    S: Tensor | None,
-    G: Tensor,
-    rank_tol: float,
-    dtype: torch.dtype,
-    before: Tensor | None = None,
-    only: Tensor | None = None,
-) -> Sweep:
-    """The r×r step in fp64; X and T come rounded to the accumulation dtype, R as it is."""
+def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype, before: Tensor | None = None) -> Sweep:
+    """The r×r step in fp64 for columns of ``dtype``; X and T come rounded to the accumulation dtype, R as it is, after
+    ``before``, the R of a sweep before it."""
     acc = accumulation_dtype(dtype)
     u, root = torch.finfo(acc).eps / 2, G.shape[-1] ** 0.5
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
@@ -112,7 +135,7 @@ def step(
 
 
 def apply(columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None = None) -> None:
-    """Write V·X − P·T to ``out``, rounded once."""
+    """Write V·X − P·T to ``out``, rounded once, of all matrices or of those that ``only`` tells."""
     V, P = columns
     terms = [(V, sweep.X)] + ([] if P is None else [(P, -sweep.T)])
     swept = combine(terms, accumulation_dtype(V.dtype))

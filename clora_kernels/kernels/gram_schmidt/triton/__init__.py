@@ -1,4 +1,4 @@
-"""The primitives of Gram-Schmidt as Triton kernels: CUDA devices of compute capability 8.0 and above, fp32, bf16, fp16.
+"""Gram-Schmidt in Triton kernels: CUDA devices of compute capability 8.0 and above, fp32, bf16, fp16.
 
 Every matrix of a batch is looked after by programs of its own, whose sums have an order that depends on nothing but its
 shape. Nothing waits for the device: what a matrix needs no more is launched and over at once.
@@ -6,16 +6,17 @@ shape. Nothing waits for the device: what a matrix needs no more is launched and
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..algebra import Columns, Sweep
+from ....reference.gram_schmidt import GramSchmidtResult
+from ...routed_lora.triton.common import on_device_of
+from ..algebra import Columns
 from .deflate import deflate
-from .products import combine, combine_into, inner
+from .products import combine, inner
 from .small import small
-from .step import step
+from .sweeps import sweeps
 
-__all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "small", "step"]
+__all__ = ["any", "combine", "forward", "inner"]
 
 
 def any(flags: Tensor) -> bool:
@@ -23,14 +24,7 @@ def any(flags: Tensor) -> bool:
     return flags.is_cuda or bool(flags.any())
 
 
-def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-    """S [B, k, r] and G [B, r, r] in fp64."""
-    V, P = columns
-    return None if P is None else inner(P, V, torch.float64, only), inner(V, V, torch.float64, only)
-
-
-def apply(columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None = None) -> None:
-    """Write V·X − P·T to ``out``, rounded once."""
-    V, P = columns
-    terms = [(V, sweep.X)] + ([] if P is None else [(P, -sweep.T)])
-    combine_into(out, terms, only)
+def forward(columns: Columns, rank_tol: float) -> GramSchmidtResult:
+    """Small matrices in two launches, others in seven, in nine beside a basis."""
+    with on_device_of(columns.V):
+        return deflate(columns, *(small(columns, rank_tol) or sweeps(columns, rank_tol)), rank_tol)

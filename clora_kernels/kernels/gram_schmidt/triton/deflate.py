@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ....reference.gram_schmidt import GramSchmidtResult
 from ...launch import launch
-from ...routed_lora.triton.common import load_tile, on_device_of, programs, store_tile
+from ...routed_lora.triton.common import load_tile, programs, store_tile
 from ...routed_lora.triton.forms import form
-from ..algebra import Columns
+from ..algebra import DONE, Columns
 
 BLOCK_D, BLOCK_C = 128, 16
+_DONE = tl.constexpr(DONE)
 SCRATCH_BYTES = 256 << 20
 """Most scratch of one launch."""
 
@@ -157,14 +158,17 @@ def deflate_matrix(
 
 @triton.jit(do_not_specialize=["batch", "d"])
 def deflate_kernel(
-    V_ptr, V_strides, P_ptr, P_strides, W_ptr, Q_ptr, Q_strides, R_ptr, rank_ptr, hard_ptr, rank_tol, batch, d, k, r,
-    room, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    V_ptr, V_strides, P_ptr, P_strides, W_ptr, Q_ptr, Q_strides, R_ptr, rank_ptr, state_ptr, rank_tol, batch, d, k,
+    r, room, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes matrices in turn, those that are hard, in scratch of its own."""
+    """Each program takes matrices in turn and deflates, in scratch of its own, those that the sweeps did not get done;
+    the others have full rank."""
     W_ptr += tl.program_id(0).to(tl.int64) * room
     for matrix in range(tl.program_id(0), batch, tl.num_programs(0)):
         b = tl.zeros((), tl.int64) + matrix
-        if tl.load(hard_ptr + b) != 0:
+        if tl.load(state_ptr + b) == _DONE:
+            tl.store(rank_ptr + b, r)
+        else:
             of_P = P_ptr
             if P_ptr is not None:
                 of_P = P_ptr + b * P_strides[0]
@@ -175,22 +179,22 @@ def deflate_kernel(
             tl.debug_barrier()
 
 
-def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:
-    """Write the result of the matrices that are ``hard``; launched always, over at once where none is. Scratch: an fp64
-    copy of V for each program, of ``SCRATCH_BYTES`` at most but where one copy is more."""
+def deflate(columns: Columns, Q: Tensor, R: Tensor, state: Tensor, rank_tol: float) -> GramSchmidtResult:
+    """Q, R and rank, whose matrices that are not ``DONE`` are made anew. Scratch: an fp64 copy of V for each program,
+    of ``SCRATCH_BYTES`` at most but where one copy is more."""
     V, P = columns
     B, d, r = V.shape
     k = 0 if P is None else P.shape[2]
     room = r * d + 2 * r + k
     slots = min(B, 2 * programs(V), max(SCRATCH_BYTES // (8 * room), 1))
     W = torch.empty((slots, room), dtype=torch.float64, device=V.device)
-    Q, R, rank = result
-    with on_device_of(V):
-        launch(
-            deflate_kernel, (slots,),
-            V, V.stride(), P, None if P is None else P.stride(), W, Q, Q.stride(), R, rank, hard, rank_tol, B, d, k, r,
-            room, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, num_warps=8, num_stages=1,
-        )  # fmt: skip
+    rank = torch.empty_like(state)
+    launch(
+        deflate_kernel, (slots,),
+        V, V.stride(), P, None if P is None else P.stride(), W, Q, Q.stride(), R, rank, state, rank_tol, B, d, k, r,
+        room, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return GramSchmidtResult(Q, R, rank)
 
 
 def _form(dtype: str, basis: bool):
@@ -199,7 +203,7 @@ def _form(dtype: str, basis: bool):
     arguments = {
         "V_ptr": f"*{dtype}", "V_strides": strides, "P_ptr": "*fp32" if basis else None,
         "P_strides": strides if basis else None, "W_ptr": "*fp64", "Q_ptr": f"*{dtype}", "Q_strides": strides,
-        "R_ptr": "*fp32", "rank_ptr": "*i32", "hard_ptr": "*i1", "rank_tol": "fp32", "batch": "i32", "d": "i32",
+        "R_ptr": "*fp32", "rank_ptr": "*i32", "state_ptr": "*i32", "rank_tol": "fp32", "batch": "i32", "d": "i32",
         "k": "i32", "r": "i32", "room": "i32", "BLOCK_D": BLOCK_D, "BLOCK_C": BLOCK_C,
     }  # fmt: skip
     return form(deflate_kernel, arguments, num_warps=8, num_stages=1)

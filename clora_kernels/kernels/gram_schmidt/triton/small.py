@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...declared import Expects
 from ...launch import launch
-from ...routed_lora.triton.common import dot, load_tile, on_device_of, store_tile, widened
+from ...routed_lora.triton.common import dot, load_tile, store_tile, widened
 from ...routed_lora.triton.forms import form
 from ..algebra import AGAIN, Columns
 from .products import SUMMED_ROWS
@@ -49,12 +49,12 @@ def small_kernel(
     V_ptr, V_strides, Q_ptr, Q_strides, G_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, R_ptr, state_ptr, rank_tol, d, r,
     batch, BLOCK_D: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """One program a matrix. ``x`` [2, batch, r, r] holds the X of both sweeps."""
+    """One program a matrix. ``A`` and ``x`` [2, batch, r, r] are those of both sweeps."""
     b = tl.program_id(0).to(tl.int64)
-    at, offs = b * r * r, tl.arange(0, NB)
+    at, others, offs = b * r * r, batch.to(tl.int64) * r * r, tl.arange(0, NB)
     V_ptr, Q_ptr, G_ptr, R_ptr = V_ptr + b * V_strides[0], Q_ptr + b * Q_strides[0], G_ptr + at, R_ptr + at
     A_ptr, inverse_ptr, columns_ptr, x_ptr = A_ptr + at, inverse_ptr + at, columns_ptr + 2 * b * r, x_ptr + at
-    second_ptr = x_ptr + batch.to(tl.int64) * r * r
+    second_ptr = x_ptr + others
     put_gram(V_ptr, V_strides, None, G_ptr, d, r, BLOCK_D, NB)
     tl.debug_barrier()
     state = step_of_matrix(G_ptr, None, None, A_ptr, inverse_ptr, columns_ptr, x_ptr, None, R_ptr, rank_tol, 0, r, NB)
@@ -64,7 +64,7 @@ def small_kernel(
         put_gram(V_ptr, V_strides, x_ptr, G_ptr, d, r, BLOCK_D, NB)
         tl.debug_barrier()
         state = step_of_matrix(
-            G_ptr, None, R_ptr, A_ptr, inverse_ptr, columns_ptr, second_ptr, None, R_ptr, rank_tol, 0, r, NB
+            G_ptr, None, A_ptr, A_ptr + others, inverse_ptr, columns_ptr, second_ptr, None, R_ptr, rank_tol, 0, r, NB
         )
         tl.debug_barrier()
     tl.store(state_ptr + b, state)
@@ -78,32 +78,31 @@ def small_kernel(
 
 
 def small(columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Q, R in fp64 and the states after two sweeps at most; None for matrices with more than
+    """Q, R in fp32 and the states after two sweeps at most; None for matrices with more than
     ``MOST_ELEMENTS`` or ``MOST_COLUMNS``, or beside a basis. Scratch: four fp64 [r, r] a matrix."""
     V, P = columns
     B, d, r = V.shape
     if P is not None or r > MOST_COLUMNS or d * r > MOST_ELEMENTS:
         return None
     Q, state = torch.empty_like(V), torch.empty(B, dtype=torch.int32, device=V.device)
-    G, A, inverse, R = torch.empty((4, B, r, r), dtype=torch.float64, device=V.device)
-    x = torch.empty((2, B, r, r), dtype=torch.float32, device=V.device)
+    A, G, inverse = torch.empty((4, B, r, r), dtype=torch.float64, device=V.device).split((2, 1, 1))
+    x, R = torch.empty((3, B, r, r), dtype=torch.float32, device=V.device).split((2, 1))
     norms = torch.empty((B, 2, r), dtype=torch.float64, device=V.device)
-    with on_device_of(V):
-        launch(
-            small_kernel, (B,), V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
-            BLOCK_D=SUMMED_ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
-        )  # fmt: skip
-    return Q, R, state
+    launch(
+        small_kernel, (B,), V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
+        BLOCK_D=SUMMED_ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return Q, R[0], state
 
 
 def _form(dtype: str):
     """A launch of ``small_kernel``."""
     strides = ("i32", "i32", 1)
-    fp64 = ("G_ptr", "A_ptr", "inverse_ptr", "columns_ptr", "R_ptr")
+    fp64 = ("G_ptr", "A_ptr", "inverse_ptr", "columns_ptr")
     arguments = {
         "V_ptr": f"*{dtype}", "V_strides": strides, "Q_ptr": f"*{dtype}", "Q_strides": strides, "x_ptr": "*fp32",
-        "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32", "BLOCK_D": SUMMED_ROWS,
-        "NB": MOST_COLUMNS,
+        "R_ptr": "*fp32", "state_ptr": "*i32", "rank_tol": "fp32", "d": "i32", "r": "i32", "batch": "i32",
+        "BLOCK_D": SUMMED_ROWS, "NB": MOST_COLUMNS,
         **dict.fromkeys(fp64, "*fp64"),
     }  # fmt: skip
     expects = Expects(wgmma=False, single_buffered=("V_ptr", "x_ptr"))  # what is there comes from the caches

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...launch import launch
-from ...routed_lora.triton.common import load_tile, on_device_of, store_tile
+from ...routed_lora.triton.common import load_tile, store_tile
 from ...routed_lora.triton.forms import form
-from ..algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Sweep
+from ..algebra import AGAIN, BASIS, DONE, ENOUGH, FAITHFUL, HARD, STABLE, Columns
 from .blocks import block_at, cholesky, invert, offsets, product, put_block, unit_columns
-from .products import block_of, is_asked
+from .products import block_of, goes_again, warps_of
 
 GRAM_ERROR = 1.0
 """Error of an entry of a Gram matrix of unit columns in roundoffs of fp32, whose sums are ``SUMMED_ROWS`` long."""
@@ -42,7 +44,7 @@ def scaled_rows(X_ptr, norms_ptr, x_ptr, r, NB: tl.constexpr):
 
 @triton.jit
 def of_basis(S_ptr, X_ptr, t_ptr, k, r, NB: tl.constexpr):
-    """T = S·X in fp32."""
+    """−T = −S·X in fp32."""
     for i in range(tl.cdiv(k, NB)):
         rows, mask_rows = offsets(i, k, NB)
         for j in range(tl.cdiv(r, NB)):
@@ -50,7 +52,7 @@ def of_basis(S_ptr, X_ptr, t_ptr, k, r, NB: tl.constexpr):
             end = tl.minimum(j * NB + NB, r)
             tile = tl.zeros((NB, NB), tl.float64)
             tile = product(tile, S_ptr, r, 1, rows, mask_rows, X_ptr, r, columns, mask_columns, 0, end)
-            store_tile(t_ptr, r, 1, rows, columns, mask_rows, mask_columns, tile)
+            store_tile(t_ptr, r, 1, rows, columns, mask_rows, mask_columns, -tile)
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def worst_column(R_ptr, squares_ptr, r, NB: tl.constexpr):
 
 @triton.jit
 def put_R(A_ptr, norms_ptr, before_ptr, R_ptr, r, NB: tl.constexpr):
-    """R of columns as they are, after that of an earlier sweep; zeros below the diagonal."""
+    """A becomes R of columns as they are; R that, after the A of an earlier sweep, with zeros below the diagonal."""
     blocks = tl.cdiv(r, NB)
     for j in range(blocks):
         columns, mask_columns = offsets(j, r, NB)
@@ -136,7 +138,6 @@ def put_R(A_ptr, norms_ptr, before_ptr, R_ptr, r, NB: tl.constexpr):
                     tile = product(
                         tile, A_ptr, r, 1, rows, mask_rows, before_ptr, r, columns, mask_columns, i * NB, end
                     )
-                    tl.debug_barrier()  # of one block R may take the place of the R before it
             put_block(R_ptr, r, i, j, r, tile, NB)
 
 
@@ -194,20 +195,37 @@ def step_of_matrix(
 
 
 @triton.jit
+def add_parts(parts_ptr, splits, stride, size, BLOCK: tl.constexpr):
+    """The first of ``splits`` parts becomes their sum, in their order."""
+    if splits > 1:
+        for first in range(0, size, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            acc = tl.zeros((BLOCK,), tl.float64)
+            for part in range(splits):
+                acc += tl.load(parts_ptr + part * stride + offs, mask=offs < size, other=0.0)
+            tl.store(parts_ptr + offs, acc, mask=offs < size)
+
+
+@triton.jit(do_not_specialize=["batch", "splits"])
 def step_kernel(
-    G_ptr, S_ptr, before_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, t_ptr, R_ptr, state_ptr, only_ptr, rank_tol, k, r,
-    NB: tl.constexpr,
+    G_ptr, S_ptr, first_ptr, before_ptr, A_ptr, inverse_ptr, columns_ptr, x_ptr, t_ptr, R_ptr, state_ptr, rank_tol,
+    batch, splits, k, r, NB: tl.constexpr,
 ):  # fmt: skip
-    """One program a matrix; pointers as in ``step_of_matrix``, of all matrices."""
-    b = tl.program_id(0)
-    if not is_asked(only_ptr, b):
-        return
-    b = b.to(tl.int64)
+    """One program a matrix; pointers as in ``step_of_matrix``, of all matrices; G and S in parts. With ``first``, the
+    states of a first sweep, it is the second, of those that go again; the state of the others stays."""
+    b = tl.program_id(0).to(tl.int64)
+    if first_ptr is not None:
+        if not goes_again(first_ptr, b):
+            tl.store(state_ptr + b, tl.load(first_ptr + b))
+            return
     at = b * r * r
+    add_parts(G_ptr + at, splits, batch.to(tl.int64) * r * r, r * r, NB * NB)
     if S_ptr is not None:
         S_ptr, t_ptr = S_ptr + b * k * r, t_ptr + b * k * r
+        add_parts(S_ptr, splits, batch.to(tl.int64) * k * r, k * r, NB * NB)
     if before_ptr is not None:
         before_ptr += at
+    tl.debug_barrier()
     state = step_of_matrix(
         G_ptr + at, S_ptr, before_ptr, A_ptr + at, inverse_ptr + at, columns_ptr + 2 * b * r, x_ptr + at, t_ptr,
         R_ptr + at, rank_tol, k, r, NB,
@@ -215,39 +233,51 @@ def step_kernel(
     tl.store(state_ptr + b, state)
 
 
-def step(
-    S: Tensor | None,
-    G: Tensor,
-    rank_tol: float,
-    dtype: torch.dtype,
-    before: Tensor | None = None,
-    only: Tensor | None = None,
-) -> Sweep:
-    """The sweep that G [B, r, r] and S [B, k, r], fp64 and contiguous, ask for. Scratch: two fp64 [r, r] a matrix."""
-    B, r, _ = G.shape
-    k = 0 if S is None else S.shape[1]
-    new = G.new_empty
-    X, R, state = new((B, r, r), dtype=torch.float32), new((B, r, r)), new((B,), dtype=torch.int32)
-    T = None if S is None else new((B, k, r), dtype=torch.float32)
-    A, inverse, columns = new((B, r, r)), new((B, r, r)), new((B, 2, r))
+class Work(NamedTuple):
+    """What the steps of both sweeps write: x = X, t = −T and R in fp32, and fp64 scratch, of which the second sweep
+    needs the ``A`` of the first."""
+
+    A: tuple[Tensor, Tensor]
+    inverse: Tensor
+    columns: Tensor
+    x: Tensor
+    t: Tensor | None
+    R: Tensor
+    state: tuple[Tensor, Tensor]
+
+    @classmethod
+    def empty(cls, columns: Columns) -> Work:
+        V, P = columns
+        B, _, r = V.shape
+        A, again, inverse = torch.empty((3, B, r, r), dtype=torch.float64, device=V.device).unbind()
+        x, R = torch.empty((2, B, r, r), dtype=torch.float32, device=V.device).unbind()
+        t = None if P is None else torch.empty((B, P.shape[2], r), dtype=torch.float32, device=V.device)
+        first, second = torch.empty((2, B), dtype=torch.int32, device=V.device).unbind()
+        norms = torch.empty((B, 2, r), dtype=torch.float64, device=V.device)
+        return cls((A, again), inverse, norms, x, t, R, (first, second))
+
+
+def step(G: Tensor, S: Tensor | None, rank_tol: float, work: Work, second: bool) -> None:
+    """Write the sweep that G [splits, B, r, r] and S [splits, B, k, r] ask for, fp64 and contiguous."""
+    splits, B, r, _ = G.shape
+    first, before = (work.state[0], work.A[0]) if second else (None, None)
     NB = block_of(r)
-    with on_device_of(G):
-        launch(
-            step_kernel, (B,), G, S, before, A, inverse, columns, X, T, R, state, only, rank_tol, k, r,
-            NB=NB, num_warps=8 if NB > 16 else 4, num_stages=1,
-        )  # fmt: skip
-    return Sweep(X, T, R, state)
+    launch(
+        step_kernel, (B,), G, S, first, before, work.A[second], work.inverse, work.columns, work.x, work.t, work.R,
+        work.state[second], rank_tol, B, splits, 0 if S is None else S.shape[2], r,
+        NB=NB, num_warps=warps_of(NB), num_stages=1,
+    )  # fmt: skip
 
 
 def _form(columns: int, basis: bool, again: bool):
     """A launch of ``step_kernel``, of a first sweep or, with ``again``, of a second."""
     arguments = {
-        "G_ptr": "*fp64", "S_ptr": "*fp64" if basis else None, "before_ptr": "*fp64" if again else None,
-        "A_ptr": "*fp64", "inverse_ptr": "*fp64", "columns_ptr": "*fp64", "x_ptr": "*fp32",
-        "t_ptr": "*fp32" if basis else None, "R_ptr": "*fp64", "state_ptr": "*i32",
-        "only_ptr": "*i1" if again else None, "rank_tol": "fp32", "k": "i32" if basis else 0, "r": "i32", "NB": columns,
+        "G_ptr": "*fp64", "S_ptr": "*fp64" if basis else None, "first_ptr": "*i32" if again else None,
+        "before_ptr": "*fp64" if again else None, "A_ptr": "*fp64", "inverse_ptr": "*fp64", "columns_ptr": "*fp64",
+        "x_ptr": "*fp32", "t_ptr": "*fp32" if basis else None, "R_ptr": "*fp32", "state_ptr": "*i32",
+        "rank_tol": "fp32", "batch": "i32", "splits": "i32", "k": "i32" if basis else 0, "r": "i32", "NB": columns,
     }  # fmt: skip
-    return form(step_kernel, arguments, num_warps=8 if columns > 16 else 4, num_stages=1)
+    return form(step_kernel, arguments, num_warps=warps_of(columns), num_stages=1)
 
 
 COMPILATIONS = [
