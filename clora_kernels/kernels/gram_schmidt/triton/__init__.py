@@ -13,14 +13,20 @@ from ..algebra import Columns, Sweep
 from .deflate import deflate
 from .products import combine, combine_into, inner
 from .small import small
+from .solve import solve
 from .step import step
 
-__all__ = ["any", "apply", "combine", "deflate", "gram", "inner", "small", "step"]
+__all__ = ["any", "apply", "combine", "deficient", "deflate", "gram", "inner", "small", "solve", "step"]
 
 
 def any(flags: Tensor) -> bool:
     """Whether a flag is set; True on a GPU, which is not waited for."""
     return flags.is_cuda or bool(flags.any())
+
+
+def deficient(R: Tensor) -> bool:
+    """True: asking would cost a launch and a wait."""
+    return True
 
 
 def gram(columns: Columns, only: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
