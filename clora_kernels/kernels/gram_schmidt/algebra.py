@@ -18,7 +18,7 @@ Q·R about u·√Σ_k(‖column k of (X, T)‖·R_kj)²: more than ``FAITHFUL``�
 Gram matrix that is off by more, a column that may be dependent, squares that are no numbers. Q comes of two
 applications, never of X₁·X₂.
 
-Backward needs two reads of the tall operands, ``inner`` and ``combine``, and what is r×r between them.
+Backward needs two reads of the tall operands, ``inner`` and ``combine``, and ``solve``, which is r×r, between them.
 """
 
 from __future__ import annotations
@@ -60,8 +60,14 @@ class Primitives(Protocol):
     def forward(self, columns: Columns, rank_tol: float) -> GramSchmidtResult:
         """Q in the dtype of V, R in the accumulation dtype, rank; V is not empty."""
 
-    def any(self, flags: Tensor) -> bool:
-        """Whether a flag is set; True where the backend does not ask the device."""
+    def deficient(self, R: Tensor) -> bool:
+        """Whether a column was dropped: R has a zero on its diagonal; True where the backend does not ask."""
+
+    def solve(
+        self, R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Y, Z and N [B, r, r] in ``dtype``, of fp64 arithmetic, with D₀ = dQ·Y + Q·Z + V′·N; of dR the upper triangle
+        counts. Both N and ``QV`` = QᵀV are None where no R is ``deficient``."""
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """leftᵀ·right of tall operands, in the accumulation dtype."""
@@ -106,12 +112,11 @@ def backward(
     need_P = need_P and P is not None
     if V.numel() == 0:
         return (torch.zeros_like(V) if need_V else None), (torch.zeros_like(P, dtype=acc) if need_P else None)
-    kept = R.diagonal(dim1=-2, dim2=-1) != 0
-    QV = kernels.inner(Q, V) if kernels.any(~kept) else None
-    Y, Z, N = _solve(R, dR, kernels.inner(Q, dQ), QV, kept)
+    QV = kernels.inner(Q, V) if kernels.deficient(R) else None
+    Y, Z, N = kernels.solve(R, dR, kernels.inner(Q, dQ), QV, acc if P is None else torch.float64)
     of_D0 = [(dQ, Y), (Q, Z)] + ([] if N is None else [(V, N)])  # the gradient of V′, but for what P takes of V·N
     if P is None:
-        return kernels.combine([(tall, small.to(acc)) for tall, small in of_D0], V.dtype), None
+        return kernels.combine(of_D0, V.dtype), None
     A = kernels.inner(P, dQ).double() @ Y  # PᵀD₀: P is orthogonal to Q and to V′
     S = kernels.inner(P, V).double() if need_P or N is not None else None
     inside = torch.zeros_like(A) if N is None else S @ N
@@ -123,23 +128,3 @@ def backward(
         of_P = [(dQ, -Y @ S.mT), (Q, -Z @ S.mT), (V, of_V), (P, inside @ S.mT)]
         dP = kernels.combine([(tall, small.to(acc)) for tall, small in of_P], acc)
     return dV, dP
-
-
-def _solve(R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y, Z and N [B, r, r] in fp64 with D₀ = dQ·Y + Q·Z + V′·N; N is None without ``QV`` = QᵀV: no column is
-    dependent."""
-    R, dR, QdQ = R.double(), dR.double().triu(), QdQ.double()
-    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    if QV is None:
-        M = R @ dR.mT - QdQ.mT
-        Y = torch.linalg.solve_triangular(R, eye, upper=True).mT
-        return Y, (M.tril() + M.tril(-1).mT) @ Y, None
-    rows, columns = kept[:, :, None], kept[:, None, :]
-    both = rows & columns
-    zero = torch.zeros((), dtype=R.dtype, device=R.device)
-    dR_JJ, dR_JD = torch.where(both, dR, zero), torch.where(rows & ~columns, dR, zero)
-    M = torch.where(both, R @ dR_JJ.mT - QdQ.mT - dR_JD @ QV.double().mT, zero)
-    Y = torch.linalg.solve_triangular(torch.where(both, R, eye), eye, upper=True).mT
-    Z = torch.where(columns, (M.tril() + M.tril(-1).mT) @ Y, dR_JD)
-    Y = torch.where(both, Y, zero)
-    return Y, Z, dR_JD.mT @ Y

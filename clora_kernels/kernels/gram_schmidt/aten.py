@@ -65,6 +65,37 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return cast(_factor(left, acc).mT @ _factor(right, acc), acc)
 
 
+def deficient(R: Tensor) -> bool:
+    """Whether a column was dropped; True where that cannot be asked."""
+    return any(R.diagonal(dim1=-2, dim2=-1) == 0)
+
+
+def solve(
+    R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Y, Z and N in ``dtype``; N is None without ``QV``."""
+    Y, Z, N = _solved(R.double(), dR.double().triu(), QdQ.double(), None if QV is None else QV.double())
+    return Y.to(dtype), Z.to(dtype), None if N is None else N.to(dtype)
+
+
+def _solved(R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    if QV is None:
+        M = R @ dR.mT - QdQ.mT
+        Y = torch.linalg.solve_triangular(R, eye, upper=True).mT
+        return Y, (M.tril() + M.tril(-1).mT) @ Y, None
+    kept = R.diagonal(dim1=-2, dim2=-1) != 0
+    rows, columns = kept[:, :, None], kept[:, None, :]
+    both = rows & columns
+    zero = torch.zeros((), dtype=R.dtype, device=R.device)
+    dR_JJ, dR_JD = torch.where(both, dR, zero), torch.where(rows & ~columns, dR, zero)
+    M = torch.where(both, R @ dR_JJ.mT - QdQ.mT - dR_JD @ QV.mT, zero)
+    Y = torch.linalg.solve_triangular(torch.where(both, R, eye), eye, upper=True).mT
+    Z = torch.where(columns, (M.tril() + M.tril(-1).mT) @ Y, dR_JD)
+    Y = torch.where(both, Y, zero)
+    return Y, Z, dR_JD.mT @ Y
+
+
 class Sweep(NamedTuple):
     """What a step found: X, R [B, r, r] upper triangular, T [B, k, r], and ``state`` [B], DONE, AGAIN or HARD."""
 

@@ -14,17 +14,18 @@ from ..algebra import Columns
 from .deflate import deflate
 from .products import combine, inner
 from .small import small
+from .solve import solve
 from .sweeps import sweeps
 
-__all__ = ["any", "combine", "forward", "inner"]
-
-
-def any(flags: Tensor) -> bool:
-    """Whether a flag is set; True on a GPU, which is not waited for."""
-    return flags.is_cuda or bool(flags.any())
+__all__ = ["combine", "deficient", "forward", "inner", "solve"]
 
 
 def forward(columns: Columns, rank_tol: float) -> GramSchmidtResult:
     """Small matrices in two launches, others in seven, in nine beside a basis."""
     with on_device_of(columns.V):
         return deflate(columns, *(small(columns, rank_tol) or sweeps(columns, rank_tol)), rank_tol)
+
+
+def deficient(R: Tensor) -> bool:
+    """True: asking would cost a launch and a wait."""
+    return True
