@@ -64,10 +64,13 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
         quick.append(Step(f"quick {name}", [*own, *words], limit=60, reserve=0 if short else 90))
         words = [str(folder / f"benchmarks-{name}.json"), "--seconds", "2", "--limit", str(limit)]
         every.append(Step(f"benchmarks {name}", [*own, *words], limit=limit + 20, reserve=0 if short else 60))
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    if device.type == "cuda" and torch.cuda.is_available():  # nvcc takes a minute and a half for each architecture
+        build = ["env", "TORCH_CUDA_ARCH_LIST={}.{}".format(*torch.cuda.get_device_capability(device)), *build]
     tune = [*(["env", "TRITON_INTERPRET=1"] if short else []), python, "-m", "clora_kernels", "tune"]
     tune += ["--device", device.type, "--output", str(folder / "tables"), "--seconds", "20" if short else "150"]
     return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], limit=180, reserve=60),
+        Step("build", build, limit=180, reserve=60),
         Step("selftest", [python, "-m", "clora_kernels", "selftest"], limit=40),
         *quick,
         Step("tests", tests, limit=60 if short else 180, reserve=20 if short else 120),
