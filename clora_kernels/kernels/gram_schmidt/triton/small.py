@@ -3,6 +3,8 @@ as often as a sweep needs it."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -85,14 +87,15 @@ def small(columns: Columns, rank_tol: float) -> tuple[Tensor, Tensor, Tensor] | 
     if P is not None or r > MOST_COLUMNS or d * r > MOST_ELEMENTS:
         return None
     Q, state = torch.empty_like(V), torch.empty(B, dtype=torch.int32, device=V.device)
-    A, G, inverse = torch.empty((4, B, r, r), dtype=torch.float64, device=V.device).split((2, 1, 1))
-    x, R = torch.empty((3, B, r, r), dtype=torch.float32, device=V.device).split((2, 1))
-    norms = torch.empty((B, 2, r), dtype=torch.float64, device=V.device)
+    new = partial(torch.empty, device=V.device)  # each of its own: parts of one are not aligned
+    A, G, inverse = (new((n, B, r, r), dtype=torch.float64) for n in (2, 1, 1))
+    x, R = new((2, B, r, r), dtype=torch.float32), new((B, r, r), dtype=torch.float32)
+    norms = new((B, 2, r), dtype=torch.float64)
     launch(
         small_kernel, (B,), V, V.stride(), Q, Q.stride(), G, A, inverse, norms, x, R, state, rank_tol, d, r, B,
         BLOCK_D=SUMMED_ROWS, NB=MOST_COLUMNS, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return Q, R[0], state
+    return Q, R, state
 
 
 def _form(dtype: str):

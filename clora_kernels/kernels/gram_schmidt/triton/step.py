@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -249,12 +250,17 @@ class Work(NamedTuple):
     def empty(cls, columns: Columns) -> Work:
         V, P = columns
         B, _, r = V.shape
-        A, again, inverse = torch.empty((3, B, r, r), dtype=torch.float64, device=V.device).unbind()
-        x, R = torch.empty((2, B, r, r), dtype=torch.float32, device=V.device).unbind()
-        t = None if P is None else torch.empty((B, P.shape[2], r), dtype=torch.float32, device=V.device)
-        first, second = torch.empty((2, B), dtype=torch.int32, device=V.device).unbind()
-        norms = torch.empty((B, 2, r), dtype=torch.float64, device=V.device)
-        return cls((A, again), inverse, norms, x, t, R, (first, second))
+        small = partial(torch.empty, (B, r, r), device=V.device)  # each of its own: parts of one are not aligned
+        states = [torch.empty((B,), dtype=torch.int32, device=V.device) for _ in range(2)]
+        return cls(
+            A=(small(dtype=torch.float64), small(dtype=torch.float64)),
+            inverse=small(dtype=torch.float64),
+            columns=torch.empty((B, 2, r), dtype=torch.float64, device=V.device),
+            x=small(dtype=torch.float32),
+            t=None if P is None else torch.empty((B, P.shape[2], r), dtype=torch.float32, device=V.device),
+            R=small(dtype=torch.float32),
+            state=(states[0], states[1]),
+        )
 
 
 def step(G: Tensor, S: Tensor | None, rank_tol: float, work: Work, second: bool) -> None:
