@@ -23,6 +23,7 @@ from clora_kernels.testing import (
 )
 
 pytest.importorskip("triton")
+from clora_kernels.kernels.gram_schmidt.triton.deflate import deflate
 from clora_kernels.kernels.gram_schmidt.triton.products import combine_into, inner_parts
 from clora_kernels.kernels.gram_schmidt.triton.small import small
 from clora_kernels.kernels.gram_schmidt.triton.step import Work, step
@@ -120,6 +121,35 @@ def test_every_way_is_taken_and_hard_ones_are_left_alone(device):
     assert_orthonormal(result, columns.V, ranks=[6, 6, 5])
     more = torch.cat([columns.V, columns.V[:, :1].expand(3, 3000, 6) * 0], 1)  # the same, too large for one program
     assert_orthonormal(gram_schmidt(more, backend="triton"), more, ranks=[6, 6, 5])
+
+
+def test_what_sweeps_did_not_get_done_is_deflated(device):
+    """Hard matrices, and those that would go a third time; the others keep what they have, and have full rank."""
+    V = torch.randn(3, 50, 6, device=device)
+    Q, R = torch.full_like(V, 7.0), torch.full((3, 6, 6), 7.0, device=device)
+    state = torch.tensor([DONE, AGAIN, HARD], dtype=torch.int32, device=device)
+    result = deflate(Columns(V, None), Q, R, state, reference.tolerance(None, torch.float32))
+    assert result.rank.tolist() == [6, 6, 6] and (result.Q[0] == 7).all() and (result.R[0] == 7).all()
+    assert_orthonormal(type(result)(*(t[1:] for t in result)), V[1:], ranks=[6, 6])
+
+
+def test_second_sweeps_start_from_what_is_not_rounded(device):
+    """In 16 bit Q is rounded, what a second sweep starts from is not; nor is it where columns fill several blocks."""
+    easy = torch.randn(150, 70, device=device)
+    V = easy[None] + 4 * easy[:, :1]
+    work = Work.empty(Columns(V, None))
+    step(inner_parts(V, V), None, reference.tolerance(None, V.dtype), work, False)
+    assert work.state[0].tolist() == [AGAIN]
+    assert_orthonormal(gram_schmidt(V, backend="triton"), V, ranks=[70])
+    easy = easy[:60, :20]
+    V = torch.stack([easy, easy + 4 * easy[:, :1]]).bfloat16()
+    columns = Columns(V, None)
+    tol = reference.tolerance(None, V.dtype)
+    work = Work.empty(columns)
+    step(inner_parts(V, V), None, tol, work, False)
+    assert work.state[0].tolist() == [DONE, AGAIN]
+    R, truth = gram_schmidt(V, backend="triton").R, reference.forward(V.double(), None, rank_tol=tol).R
+    assert (((R - truth).norm(dim=(1, 2)) / truth.norm(dim=(1, 2))) < 1e-5).all()
 
 
 def test_bits_depend_on_nothing_but_the_matrix(device):
