@@ -27,6 +27,7 @@ from clora_kernels.kernels.gram_schmidt.triton.deflate import deflate
 from clora_kernels.kernels.gram_schmidt.triton.products import combine_into, inner_parts
 from clora_kernels.kernels.gram_schmidt.triton.small import small
 from clora_kernels.kernels.gram_schmidt.triton.step import Work, step
+from clora_kernels.kernels.gram_schmidt.triton.sweeps import sweeps
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -116,7 +117,8 @@ def test_every_way_is_taken_and_hard_ones_are_left_alone(device):
     assert torch.equal(G[:, [0, 2]], before[:, [0, 2]]) and not torch.equal(G[:, 1], before[:, 1])
     step(G, None, tol, work, True)
     assert after.tolist() == [DONE, DONE, HARD]
-    assert small(columns, tol)[2].tolist() == [DONE, DONE, HARD]
+    for way in (small, sweeps):
+        assert way(columns, tol)[2].tolist() == [DONE, DONE, HARD]
     result = gram_schmidt(columns.V, backend="triton")
     assert_orthonormal(result, columns.V, ranks=[6, 6, 5])
     more = torch.cat([columns.V, columns.V[:, :1].expand(3, 3000, 6) * 0], 1)  # the same, too large for one program
@@ -141,11 +143,8 @@ def test_second_sweeps_start_from_what_is_not_rounded(device):
     step(inner_parts(V, V), None, reference.tolerance(None, V.dtype), work, False)
     assert work.state[0].tolist() == [AGAIN]
     assert_orthonormal(gram_schmidt(V, backend="triton"), V, ranks=[70])
-    easy = easy[:60, :20]
-    V = torch.stack([easy, easy + 4 * easy[:, :1]]).bfloat16()
-    columns = Columns(V, None)
-    tol = reference.tolerance(None, V.dtype)
-    work = Work.empty(columns)
+    V = torch.stack([easy[:60, :20], easy[:60, :20] + 4 * easy[:60, :1]]).bfloat16()
+    work, tol = Work.empty(Columns(V, None)), reference.tolerance(None, V.dtype)
     step(inner_parts(V, V), None, tol, work, False)
     assert work.state[0].tolist() == [DONE, AGAIN]
     R, truth = gram_schmidt(V, backend="triton").R, reference.forward(V.double(), None, rank_tol=tol).R
