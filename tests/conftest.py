@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -62,6 +64,24 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before if "all_threads" in request.fixturenames else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_syncs() -> Callable[[], AbstractContextManager[None]]:
+    """A block in which it is an error that the host waits for the GPU."""
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        torch.cuda.synchronize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls the mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    return block
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from clora_kernels import gram_schmidt, routed_lora_linear
 from clora_kernels.kernels import launch as module
 from clora_kernels.kernels.launch import Described, cdiv, launch
+from clora_kernels.reference.routed_lora_samples import make_inputs
 
 pytestmark = pytest.mark.skipif(not module.KNOWN, reason="with this Triton every launch is Triton's own")
 
@@ -230,6 +232,7 @@ def test_who_listens_hears_every_launch(driver, by_triton, monkeypatch):
     for where, name, value in (
         (runtime, "launch_enter_hook", None), (runtime, "launch_exit_hook", print), (runtime, "debug", True),
         (triton.knobs.compilation, "instrumentation_mode", "x"), (kernel, "debug", True), (module, "KNOWN", False),
+        (runtime, "add_stages_inspection_hook", lambda: ("key", "hash")),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
@@ -266,3 +269,29 @@ def test_what_tma_takes():
 
 def test_cdiv():
     assert [cdiv(a, 4) for a in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes", [((4, 64), 128, 256, 16), ((3, 17), 67, 41, 5)], ids=["by descriptors", "by pointers"]
+)
+def test_on_a_gpu_results_are_those_of_triton_s_own_launch(by_triton, monkeypatch, sizes):
+    """Bit for bit, also in a graph; aligned calls come to Triton once, those that are not every time."""
+    monkeypatch.setattr(module, "_chosen", {})
+    inputs = make_inputs(*sizes, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.2, device="cuda")
+    V = torch.randn(5, 300, 20, device="cuda")
+
+    def call() -> list[torch.Tensor]:
+        return [routed_lora_linear(**inputs, backend="triton"), *gram_schmidt(V, backend="triton")]
+
+    expected = call()
+    assert {"pack_kernel", "inner_kernel"} <= set(by_triton)
+    by_triton.clear()
+    again = call()
+    assert not {"inner_kernel", "step_kernel"} & set(by_triton)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call()
+    graph.replay()
+    for one, two, three in zip(expected, again, replayed, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)

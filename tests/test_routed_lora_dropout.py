@@ -165,16 +165,11 @@ def test_replays_of_a_graph_draw_fresh_masks():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_nothing_synchronises():
+def test_nothing_synchronises(no_syncs):
     inputs = make_inputs((64,), 64, 64, 8, dropout_p=0.3, gate=(8,), frozen=True, scaling=None, device="cuda")
     inputs["dropout_seed"] = None
     inputs["x"].requires_grad_()
     inputs["lora_A"].requires_grad_()
     routed_lora_linear(**inputs).sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_syncs():
         routed_lora_linear(**inputs).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -80,6 +80,7 @@ def _is_plain(kernel: Any) -> bool:
     try:
         return KNOWN and type(kernel) is JITFunction and not (
             kernel.pre_run_hooks or kernel.debug or _runtime.debug or _compilation.instrumentation_mode
+            or getattr(_runtime, "add_stages_inspection_hook", None)
             or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
         )  # fmt: skip
     except AttributeError:  # a hook that is no chain

@@ -55,8 +55,8 @@ def gram_schmidt(
             Q is completed to r orthonormal columns, drawn after all columns, the same draw for the same shape; their
             rows of R are zero, and no gradient flows through them. "raise": ``torch.linalg.LinAlgError``, which waits
             for the device.
-        backend: "auto", "aten", "native" (CPU, where the extension is built), "triton" (GPUs), or "reference" (plain
-            PyTorch, differentiable any number of times).
+        backend: "auto", "aten" (which waits for a GPU but while a graph is captured), "native" (CPU, where the
+            extension is built), "triton" (GPUs), or "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
         ``GramSchmidtResult(Q, R, rank)``: Q ``[..., d, r]`` in the dtype and memory layout of V, R ``[..., r, r]``
