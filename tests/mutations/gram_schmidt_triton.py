@@ -198,9 +198,6 @@ TRITON = [
             ("states-of-the-first", "a second sweep is never enough",
              "return Q, work.R, work.state[1]",
              "return Q, work.R, work.state[0]"),
-            ("columns-beyond-a-block", "rows are written before all their columns are read",
-             "and V.shape[2] <= MOST_COLUMNS",
-             "and V.shape[2] > 0"),
         ],
     ),
     *mutants_of(
