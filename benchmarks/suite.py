@@ -51,7 +51,7 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     """The suite of a device; on a CPU in short form: the same commands on little."""
     python, short = sys.executable, device.type == "cpu"
     run = [python, str(ROOT / "benchmarks" / "run.py"), "--device", device.type]
-    tests = [python, "-m", "pytest", "-q", "--maxfail=20", *(["--failed-first"] if resumed else [])]
+    tests = [python, "-m", "pytest", "-q", "--maxfail=100", *(["--failed-first"] if resumed else [])]
     tests += [f"tests/{name}" for name in SHORT_TESTS] if short else ["tests"]
     if find_spec("xdist"):  # tests wait for the compiler more than for the GPU
         tests += ["-n", "logical", "--dist", "worksteal", "-p", "no:benchmark"]
