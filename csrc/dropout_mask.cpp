@@ -52,7 +52,7 @@ void fill_groups(const MaskShape& shape, uint64_t key, uint32_t threshold, int64
 Tensor dropout_mask_cpu(const Tensor& seed, const Tensor& threshold, int64_t first_row, int64_t rows,
                         int64_t columns) {
   const MaskShape shape = check_mask_arguments(seed, threshold, first_row, rows, columns);
-  STD_TORCH_CHECK(threshold.is_cpu(), "threshold must be on the device of seed, the CPU");
+  CLORA_CHECK(threshold.is_cpu(), "threshold must be on the device of seed, the CPU");
   const uint32_t least = read_threshold(threshold);
   Tensor mask = torch::stable::new_empty(seed, {rows, columns}, torch::headeronly::ScalarType::Bool);
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());

@@ -51,9 +51,9 @@ Tensor dropout_mask_cuda(const Tensor& seed, const Tensor& threshold, int64_t fi
   const MaskShape shape = check_mask_arguments(seed, threshold, first_row, rows, columns);
   const int32_t device = seed.get_device_index();
   const bool on_host = threshold.is_cpu();
-  STD_TORCH_CHECK(seed.is_cuda(), "seed must be on a CUDA device");
-  STD_TORCH_CHECK(on_host || (threshold.is_cuda() && threshold.get_device_index() == device),
-                  "threshold must be on the device of seed, cuda:", device, ", or on the CPU");
+  CLORA_CHECK(seed.is_cuda(), "seed must be on a CUDA device");
+  CLORA_CHECK(on_host || (threshold.is_cuda() && threshold.get_device_index() == device),
+              "threshold must be on the device of seed, cuda:", device, ", or on the CPU");
   const uint32_t value = on_host ? read_threshold(threshold) : 0;
 
   torch::stable::accelerator::DeviceGuard guard(device);

@@ -229,20 +229,20 @@ void prefetch(const Tall& m) {
 }
 
 void check(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  CLORA_CHECK(t.dim() == 3, name, " must have 3 dimensions, got ", t.dim());
+  CLORA_CHECK(t.is_cpu(), name, " must be on the CPU");
   with_type(t, name, [](auto) {});
 }
 
 void check_basis(const Tensor& P, const Tensor& V) {
   check(P, "P");
-  STD_TORCH_CHECK(P.size(0) == V.size(0) && P.size(1) == V.size(1), "P must be ", V.size(0), " matrices of ", V.size(1),
-                  " rows, as V, got ", P.size(0), " of ", P.size(1));
+  CLORA_CHECK(P.size(0) == V.size(0) && P.size(1) == V.size(1), "P must be ", V.size(0), " matrices of ", V.size(1),
+              " rows, as V, got ", P.size(0), " of ", P.size(1));
 }
 
 // For each V [B, d, r], and P [B, d, k] beside it or no P at all: all Q, then all R, then all ranks.
 std::vector<Tensor> gram_schmidt_sweeps(const std::vector<Tensor>& V, const std::vector<Tensor>& P, double rank_tol) {
-  STD_TORCH_CHECK(P.empty() || V.size() == P.size(), "P must be an empty list or one of ", V.size(), ", got ", P.size());
+  CLORA_CHECK(P.empty() || V.size() == P.size(), "P must be an empty list or one of ", V.size(), ", got ", P.size());
   std::vector<Tensor> Q, R, rank;
   std::vector<int64_t> first{0};  // the place of each list entry's first matrix among all matrices
   for (size_t i = 0; i < V.size(); ++i) {

@@ -204,11 +204,11 @@ class Differentiator {
 };
 
 void check(const std::vector<Tensor>& tensors, const std::vector<Tensor>& like, const char* name) {
-  STD_TORCH_CHECK(tensors.size() == like.size(), name, " must be a list of ", like.size(), ", got ", tensors.size());
+  CLORA_CHECK(tensors.size() == like.size(), name, " must be a list of ", like.size(), ", got ", tensors.size());
   for (size_t i = 0; i < like.size(); ++i) {
-    STD_TORCH_CHECK(tensors[i].dim() == 3 && tensors[i].is_cpu(), name, " must have 3 dimensions and be on the CPU");
-    STD_TORCH_CHECK(tensors[i].size(0) == like[i].size(0), name, " must have the batch of V, ", like[i].size(0), ", got ",
-                    tensors[i].size(0));
+    CLORA_CHECK(tensors[i].dim() == 3 && tensors[i].is_cpu(), name, " must have 3 dimensions and be on the CPU");
+    CLORA_CHECK(tensors[i].size(0) == like[i].size(0), name, " must have the batch of V, ", like[i].size(0), ", got ",
+                tensors[i].size(0));
     with_type(tensors[i], name, [](auto) {});
   }
 }
@@ -216,19 +216,19 @@ void check(const std::vector<Tensor>& tensors, const std::vector<Tensor>& like, 
 void check_rows(const std::vector<Tensor>& tensors, const std::vector<Tensor>& V, const char* name, bool columns) {
   check(tensors, V, name);
   for (size_t i = 0; i < V.size(); ++i) {
-    STD_TORCH_CHECK(tensors[i].size(1) == V[i].size(1) && (!columns || tensors[i].size(2) == V[i].size(2)), name,
-                    " must have the size of V, ", V[i].size(1), " by ", V[i].size(2), ", got ", tensors[i].size(1), " by ",
-                    tensors[i].size(2));
+    CLORA_CHECK(tensors[i].size(1) == V[i].size(1) && (!columns || tensors[i].size(2) == V[i].size(2)), name,
+                " must have the size of V, ", V[i].size(1), " by ", V[i].size(2), ", got ", tensors[i].size(1), " by ",
+                tensors[i].size(2));
   }
 }
 
 void check_small(const std::vector<Tensor>& tensors, const std::vector<Tensor>& V, const char* name) {
   check(tensors, V, name);
   for (size_t i = 0; i < V.size(); ++i) {
-    STD_TORCH_CHECK(tensors[i].size(1) == V[i].size(2) && tensors[i].size(2) == V[i].size(2), name, " must be ",
-                    V[i].size(2), " square, got ", tensors[i].size(1), " by ", tensors[i].size(2));
-    STD_TORCH_CHECK(tensors[i].scalar_type() == ScalarType::Float && tensors[i].is_contiguous(), name,
-                    " must be fp32 and contiguous");
+    CLORA_CHECK(tensors[i].size(1) == V[i].size(2) && tensors[i].size(2) == V[i].size(2), name, " must be ",
+                V[i].size(2), " square, got ", tensors[i].size(1), " by ", tensors[i].size(2));
+    CLORA_CHECK(tensors[i].scalar_type() == ScalarType::Float && tensors[i].is_contiguous(), name,
+                " must be fp32 and contiguous");
   }
 }
 

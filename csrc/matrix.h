@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
+#include "check.h"
 #include "simd.h"
 
 namespace clora_kernels {
@@ -38,7 +38,7 @@ void with_type(ScalarType type, const char* name, Body body) {
     case ScalarType::Half:
       return body(Float16{});
     default:
-      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
+      CLORA_CHECK(false, name, " must be fp32, bf16 or fp16");
   }
 }
 

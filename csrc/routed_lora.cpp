@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -23,16 +22,16 @@ namespace {
 constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
 
 void check_matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  CLORA_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim());
+  CLORA_CHECK(t.is_cpu(), name, " must be on the CPU");
 }
 
 Mask make_mask(const std::optional<Tensor>& seed, const std::optional<Tensor>& threshold, int64_t first_row,
                int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(seed.has_value() == threshold.has_value(), "seed and threshold must be given together");
+  CLORA_CHECK(seed.has_value() == threshold.has_value(), "seed and threshold must be given together");
   if (!seed.has_value()) return {};
   const MaskShape shape = check_mask_arguments(*seed, *threshold, first_row, rows, columns);
-  STD_TORCH_CHECK(seed->is_cpu() && threshold->is_cpu(), "seed and threshold must be on the CPU");
+  CLORA_CHECK(seed->is_cpu() && threshold->is_cpu(), "seed and threshold must be on the CPU");
   const uint32_t least = read_threshold(*threshold);
   const auto key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   return {true, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), least,
@@ -64,7 +63,7 @@ Tensor shrink(const Tensor& big, const Tensor& small, const std::optional<Tensor
   check_matrix(big, "big");
   check_matrix(small, "small");
   const int64_t M = big.size(0), K = big.size(1), r = small.size(0);
-  STD_TORCH_CHECK(small.size(1) == K, "small must have the columns of big, ", K, ", got ", small.size(1));
+  CLORA_CHECK(small.size(1) == K, "small must have the columns of big, ", K, ", got ", small.size(1));
   const Mask mask = make_mask(seed, threshold, 0, M, K);
   Tensor out = new_fp32(big, M, r);
   if (M <= kFewRows && (small.stride(1) == 1 || K <= 1)) {
@@ -95,7 +94,7 @@ Tensor reduce(const Tensor& small, const Tensor& big, const std::optional<Tensor
   check_matrix(big, "big");
   check_matrix(small, "small");
   const int64_t M = big.size(0), K = big.size(1), r = small.size(1);
-  STD_TORCH_CHECK(small.size(0) == M, "small must have the rows of big, ", M, ", got ", small.size(0));
+  CLORA_CHECK(small.size(0) == M, "small must have the rows of big, ", M, ", got ", small.size(0));
   const Mask mask = make_mask(seed, threshold, 0, M, K);
   Tensor out = new_fp32(big, r, K);
   const int64_t padded = round_up(r, kRows);
@@ -116,10 +115,10 @@ void expand_(Tensor y, const Tensor& small, const Tensor& C, const std::optional
   check_matrix(small, "small");
   check_matrix(C, "C");
   const int64_t M = y.size(0), N = y.size(1), r = small.size(1);
-  STD_TORCH_CHECK(small.size(0) == M, "small must have the rows of y, ", M, ", got ", small.size(0));
-  STD_TORCH_CHECK(C.size(0) == r && C.size(1) == N, "C must be ", r, " by ", N, ", got ", C.size(0), " by ", C.size(1));
-  STD_TORCH_CHECK(N <= 1 || y.stride(1) == 1, "y must have contiguous rows");
-  STD_TORCH_CHECK(M <= 1 || N == 0 || y.stride(0) >= N, "y must have rows that do not overlap");
+  CLORA_CHECK(small.size(0) == M, "small must have the rows of y, ", M, ", got ", small.size(0));
+  CLORA_CHECK(C.size(0) == r && C.size(1) == N, "C must be ", r, " by ", N, ", got ", C.size(0), " by ", C.size(1));
+  CLORA_CHECK(N <= 1 || y.stride(1) == 1, "y must have contiguous rows");
+  CLORA_CHECK(M <= 1 || N == 0 || y.stride(0) >= N, "y must have rows that do not overlap");
   const Mask mask = make_mask(seed, threshold, first_row, M, N);
   const int64_t padded = round_up(N, kWidth);
   const Tensor factors = widened(small, "small", r), widened_C = widened(C, "C", padded);
@@ -134,16 +133,16 @@ void expand_(Tensor y, const Tensor& small, const Tensor& C, const std::optional
 }
 
 void check_scale(const Tensor& scale) {
-  STD_TORCH_CHECK(scale.dim() == 0 && scale.scalar_type() == ScalarType::Float && scale.is_cpu(),
-                  "scale must be a 0-dim fp32 tensor on the CPU");
+  CLORA_CHECK(scale.dim() == 0 && scale.scalar_type() == ScalarType::Float && scale.is_cpu(),
+              "scale must be a 0-dim fp32 tensor on the CPU");
 }
 
 // s · small [N, r]ᵀ as [r, N] in the dtype of `like`.
 Tensor fold(const Tensor& small, const Tensor& scale, const Tensor& like) {
   check_matrix(small, "small");
-  STD_TORCH_CHECK(small.stride(1) == 1 || small.size(1) <= 1, "small must have contiguous rows");
+  CLORA_CHECK(small.stride(1) == 1 || small.size(1) <= 1, "small must have contiguous rows");
   check_scale(scale);
-  STD_TORCH_CHECK(small.scalar_type() == ScalarType::Float, "small must be fp32");
+  CLORA_CHECK(small.scalar_type() == ScalarType::Float, "small must be fp32");
   Tensor out = torch::stable::new_empty(like, {small.size(1), small.size(0)});
   with_type(out, "like", [&](auto type) {
     using T = decltype(type);
@@ -174,8 +173,8 @@ float kept_value(const std::optional<Tensor>& threshold) {
 
 void check_size(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   check_matrix(t, name);
-  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, " must be ", rows, " by ", columns, ", got ",
-                  t.size(0), " by ", t.size(1));
+  CLORA_CHECK(t.size(0) == rows && t.size(1) == columns, name, " must be ", rows, " by ", columns, ", got ",
+              t.size(0), " by ", t.size(1));
 }
 
 // lora_A [r, K] and lora_B [N, r] of one rank, in fp32 and contiguous.
@@ -183,8 +182,8 @@ void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
   check_matrix(lora_A, "lora_A");
   check_size(lora_B, "lora_B", lora_B.dim() ? lora_B.size(0) : 0, lora_A.size(0));
   const auto is_plain = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float && t.is_contiguous(); };
-  STD_TORCH_CHECK(is_plain(lora_A), "lora_A must be fp32 and contiguous");
-  STD_TORCH_CHECK(is_plain(lora_B), "lora_B must be fp32 and contiguous");
+  CLORA_CHECK(is_plain(lora_A), "lora_A must be fp32 and contiguous");
+  CLORA_CHECK(is_plain(lora_B), "lora_B must be fp32 and contiguous");
 }
 
 // sums [M, K] += dy [M, N] · weight [N, K], dy and sums fp32 and contiguous, M from 1 to kFewRows; weight has contiguous
@@ -285,9 +284,9 @@ Tensor few_rows(const Tensor& dy, const Tensor& weight, const Tensor& dx) {
   check_matrix(dy, "dy");
   check_matrix(weight, "weight");
   const int64_t M = dy.size(0), K = weight.size(1);
-  STD_TORCH_CHECK(0 < M && M <= kFewRows, "dy must have 1 to ", kFewRows, " rows, got ", M);
+  CLORA_CHECK(0 < M && M <= kFewRows, "dy must have 1 to ", kFewRows, " rows, got ", M);
   check_size(weight, "weight", dy.size(1), K);
-  STD_TORCH_CHECK(weight.stride(1) == 1 || K <= 1, "weight must have contiguous rows");
+  CLORA_CHECK(weight.stride(1) == 1 || K <= 1, "weight must have contiguous rows");
   check_size(dx, "dx", M, K);
   Tensor sums = new_fp32(dx, M, K);
   with_type(dx, "dx", [&](auto type) {
