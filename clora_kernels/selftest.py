@@ -118,7 +118,8 @@ def _check(dtype: torch.dtype, device: torch.device) -> list[Case]:
     short, cases = _short(dtype), []
     for options in ("plain", "routing", "bank", "everything"):
         inputs = _inputs(dtype, device, options, size=0.3)
-        dy = torch.randn(3, 67, 387, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        S, L, _, N, _ = ODD
+        dy = torch.randn(S, L, N, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         cases.append(_case(f"parity {short} {options}", partial(_parity, inputs, dy)))
     for name, sizes in (("odd", ODD), ("even", EVEN)):
         small = _inputs(dtype, device, "routing", 1e-3, sizes)

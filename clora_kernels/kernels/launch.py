@@ -72,6 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             return
     compiled = kernel[grid](*map(_for_triton, args), **options)
     if key is not None and type(compiled) is CompiledKernel:  # not a promise of one
+        # The kernel is kept, for the id of one that is gone may become another's.
         _chosen[known] = compiled, (None,) * (len(kernel.arg_names) - len(args)), kernel
 
 

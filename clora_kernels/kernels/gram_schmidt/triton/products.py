@@ -159,22 +159,22 @@ def combine_into(
     B, d, n = out.shape
     talls, smalls = zip(*terms, strict=True)
     block_n, block_k, blocks_d = block_of(n), 16 if n <= 16 else 32, cdiv(d, ROWS)
-    if out.numel():
-        with on_device_of(out):
-            launch(
-                combine_kernel, (B * blocks_d, cdiv(n, block_n)),
-                talls, *zip(*(t.stride() for t in talls), strict=True), tuple(t.contiguous() for t in smalls),
-                tuple(t.shape[2] for t in talls), out, out.stride(), swept, state, d, n, blocks_d,
-                TERMS=len(terms), BLOCK_D=ROWS, BLOCK_N=block_n, BLOCK_K=block_k, SECOND=second,
-                num_warps=warps_of(block_n), num_stages=2,
-            )  # fmt: skip
+    launch(
+        combine_kernel, (B * blocks_d, cdiv(n, block_n)),
+        talls, *zip(*(t.stride() for t in talls), strict=True), tuple(t.contiguous() for t in smalls),
+        tuple(t.shape[2] for t in talls), out, out.stride(), swept, state, d, n, blocks_d,
+        TERMS=len(terms), BLOCK_D=ROWS, BLOCK_N=block_n, BLOCK_K=block_k, SECOND=second,
+        num_warps=warps_of(block_n), num_stages=2,
+    )  # fmt: skip
 
 
 def combine(terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """Σ tall·small [B, d, n] in ``dtype``, contiguous."""
     tall, small = terms[0]
     out = torch.empty((*tall.shape[:2], small.shape[2]), dtype=dtype, device=tall.device)
-    combine_into(out, terms)
+    if out.numel():
+        with on_device_of(out):
+            combine_into(out, terms)
     return out
 
 
@@ -197,7 +197,7 @@ def _inner_form(left: str, right: str, columns: int, again: bool):
 
 
 def _combine_form(talls: tuple[str, ...], out: str, columns: int, sweep: str = ""):
-    """A launch of ``combine_kernel``, in backward in a "first" sweep, one that also writes "swept", a "second"."""
+    """A launch of ``combine_kernel`` in backward, in a "first" sweep, one that also writes "swept", or a "second"."""
     count = len(talls)
     arguments = {
         "tall_ptrs": tuple(f"*{tall}" for tall in talls), "strides_tb": ("i32",) * count,
