@@ -16,7 +16,7 @@ from ...launch import launch
 from ...routed_lora.triton.common import load_tile, on_device_of, store_tile
 from ...routed_lora.triton.forms import form
 from .blocks import block_at, inverse_of_block, invert, offsets, product, put_block
-from .products import block_of
+from .products import block_of, warps_of
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def solve(R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor, dtype: torch.dtype) ->
     with on_device_of(R):
         launch(
             solve_kernel, (B,), R.contiguous(), dR, dR.stride(), QdQ, QV, scratch, Y, Z, N, r,
-            NB=NB, num_warps=8 if NB > 16 else 4, num_stages=1,
+            NB=NB, num_warps=warps_of(NB), num_stages=1,
         )  # fmt: skip
     return Y, Z, N
 
@@ -150,7 +150,7 @@ def _form(columns: int, dR: str, out: str):
         "dR_ptr": f"*{dR}", "dR_strides": ("i32", "i32", 1), "scratch_ptr": "*fp64", "r": "i32", "NB": columns,
         **inputs, **outputs,
     }  # fmt: skip
-    return form(solve_kernel, arguments, num_warps=8 if columns > 16 else 4, num_stages=1)
+    return form(solve_kernel, arguments, num_warps=warps_of(columns), num_stages=1)
 
 
 COMPILATIONS = [
