@@ -19,6 +19,7 @@ from .autograd.gram_schmidt.functions import explain_call as explain_gram_schmid
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
+from .kernels.declared import untested
 from .kernels.routed_lora import tables
 from .modules.routed_lora import RoutedLoRALinear
 
@@ -114,6 +115,9 @@ def _versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+        else:
+            if name == "triton" and (note := untested(versions[name])):
+                versions[name] += f", {note}"
     return versions
 
 

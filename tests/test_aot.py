@@ -13,6 +13,7 @@ import pytest
 
 from clora_kernels.kernels import declared as registry
 from clora_kernels.kernels import ttgir
+from clora_kernels.kernels.aot import _argument
 from clora_kernels.kernels.declared import Compilation, Expects, declared
 
 TESTS = Path(__file__).parent
@@ -170,6 +171,13 @@ def test_operands_are_followed_to_the_arguments_they_are_read_from(take, buffers
     ((dot, reads),) = parsed.loop_reads()  # the second matmul is in no loop, and %a is read before it
     assert "%left, %right" in dot.text
     assert reads == {ttgir.Read("x_ptr", buffers), ttgir.Read("w_ptr", 1)}
+
+
+def test_entries_of_a_tuple_bear_its_name():
+    """As Triton calls them in the TTGIR, up to 3.8 and from 3.9 on; a name of the signature stands for itself."""
+    declaration = Compilation(kernel("x_ptrs", "y_0"), {"x_ptrs": ("*bf16",) * 11, "y_0": "i32"}, {})
+    named = {"x_ptrs": "x_ptrs", "x_ptrs_10": "x_ptrs", "x_ptrs.10": "x_ptrs", "y_0": "y_0"}
+    assert {name: _argument(name, declaration) for name in named} == named
 
 
 def test_a_while_loop_is_a_loop():

@@ -1,5 +1,6 @@
 """info(), explain() and the command line: they tell what is true here."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_why_triton_is_not_there(monkeypatch):
     assert not {b.name: b for b in ck.info().backends["routed_lora"]}["triton"].available
     with pytest.raises(ValueError, match="backend='triton' cannot run routed_lora: triton cannot be imported: "):
         ck.routed_lora_linear(X, W, A, B, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("3.6.0", ""), ("3.7.1+git", ""), ("3.60.0", "not tested"), ("3.9.0", "not tested"), ("4.7", "not tested")],
+)
+def test_a_triton_that_is_not_tested_is_told(version, told, monkeypatch, capsys):
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "triton" else installed(name))
+    monkeypatch.setattr("clora_kernels.kernels.aot.judge_all", lambda package: [])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = next(line for line in str(ck.info()).splitlines() if line.startswith("triton "))
+    assert version in line and (told in line) and ("tested" in line) == bool(told)
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    assert main(["kernels", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "[]\n" and captured.err == (line.replace(" " * 19, " ") + "\n" if told else "")
 
 
 def test_command_line(capsys, monkeypatch):

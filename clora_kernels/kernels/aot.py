@@ -23,7 +23,7 @@ from functools import cache
 from typing import Any
 
 from . import ttgir
-from .declared import SHARED_MEMORY, Compilation, declared
+from .declared import SHARED_MEMORY, Compilation, declared, untested
 
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "cp.async.ca", ".tf32")
 TENSOR_CORES = INSTRUCTIONS[:2]
@@ -107,8 +107,9 @@ def judge(compilation: Compilation, architecture: int) -> Report:
 
 
 def _argument(name: str, compilation: Compilation) -> str:
-    """The argument of that name in the TTGIR, where the entries of a tuple ``x`` are called x, x_0, x_1."""
-    return name if name in compilation.signature else re.sub(r"_\d+$", "", name)
+    """The argument of that name in the TTGIR, where the entries of a tuple ``x`` are called x, x_0, x_1, or from Triton
+    3.9 on x.0, x.1."""
+    return name if name in compilation.signature else re.sub(r"_\d+$", "", name.partition(".")[0])
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -164,9 +165,12 @@ def run(options: argparse.Namespace) -> int:
     """Print a line for each compilation; returns the exit status: 1 if one failed, or none could be tried."""
     try:
         _declared(options.package)
+        import triton
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"{options.package}: {error}", file=sys.stderr)
         return 1
+    if note := untested(triton.__version__):
+        print(f"triton {triton.__version__}, {note}", file=sys.stderr)
     reports = judge_all(options.package)
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))

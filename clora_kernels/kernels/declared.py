@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-__all__ = ["LIMIT", "SHARED_MEMORY", "Compilation", "Expects", "declared"]
+__all__ = ["LIMIT", "SHARED_MEMORY", "TESTED_TRITON", "Compilation", "Expects", "declared", "untested"]
+
+TESTED_TRITON = ("3.6", "3.7")
+"""The versions of Triton that the kernels are tested with."""
 
 LIMIT = 300
 """Most compilations a package may declare: each takes about half a second for each architecture."""
@@ -90,6 +93,12 @@ class Compilation:
         """The constants and the launch options in one line."""
         shape = " ".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{shape} warps={self.num_warps} stages={self.num_stages}".strip()
+
+
+def untested(version: str) -> str:
+    """What to say of a ``version`` of Triton that is none of ``TESTED_TRITON``; empty for one of these."""
+    tested = ".".join(version.split(".")[:2]) in TESTED_TRITON
+    return "" if tested else f"which is not tested: {' and '.join(TESTED_TRITON)} are"
 
 
 def declared(package: str = __name__.rpartition(".")[0]) -> list[Compilation]:

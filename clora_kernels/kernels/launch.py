@@ -17,7 +17,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+from .declared import untested
+
+KNOWN = not untested(triton.__version__)
 """Whether this is a Triton whose compiled kernels take the arguments that are passed here."""
 
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation

@@ -24,6 +24,8 @@ REPORT = [
              'Availability(p.name, p.state == "loaded",', "Availability(p.name, True,"),
             ("missing-called-available", "info calls every backend available",
              "Availability(name, name not in missing,", "Availability(name, True,"),
+            ("untested-untold", "info does not say that a Triton is not tested",
+             'if name == "triton" and (note', 'if not name and (note'),
             ("mask-always-compiled", "explain names a compiled mask that is not there",
              'if extension.has_op("dropout_mask", x.device.type):\n', "if x.device.type:\n"),
         ],
