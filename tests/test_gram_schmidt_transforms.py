@@ -121,6 +121,14 @@ def test_the_reference_goes_through_every_transform(device):
     torch.testing.assert_close(mapped, gram_schmidt(V, backend="reference").Q)
 
 
+@pytest.mark.parametrize("backend", [*backends(), "reference"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_fails_and_gives_nothing_wrong(device, backend):
+    """As the README says: torch.jit knows neither lists of bools nor a view as another dtype."""
+    with pytest.raises(RuntimeError, match=r"list of bool|aten::view"):
+        torch.jit.trace(lambda V: gram_schmidt(V, backend=backend).Q, make_inputs(device=device)["V"])
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("name", [name for name, _ in sample_inputs()])
 def test_opcheck(device, name, backend):

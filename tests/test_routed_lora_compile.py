@@ -73,17 +73,40 @@ def test_group_that_shares_tensors(device, learns):
         assert all(torch.equal(a, b) for a, b in zip(got, grads, strict=True))
 
 
-def counted(device, make_options, rows=(2, 3, 8, 64, 65, 1000)):
-    """Graphs that a compiled layer makes over all these M, with dropout, forward and backward."""
+def counts(device, make_options, leads):
+    """Graphs that a compiled layer has made after each of these leading shapes of x, with dropout, forward and
+    backward."""
     counter = CompileCounterWithBackend("aot_eager")
     base = make_inputs((2,), scaling=None, gate=(5,), device=device)
     compiled = torch.compile(routed_lora_linear, fullgraph=True, backend=counter)
-    for step, M in enumerate(rows):
-        x = torch.randn(M, 41, device=device, requires_grad=True)
+    made = []
+    for step, lead in enumerate(leads):
+        x = torch.randn(*lead, 41, device=device, requires_grad=True)
         options = make_options(step)
         compiled(**{**base, "x": x, **options}).sum().backward()
         assert x.grad.shape == x.shape
-    return counter.frame_count
+        made.append(counter.frame_count)
+    return made
+
+
+def counted(device, make_options, rows=(2, 3, 8, 64, 65, 1000)):
+    return counts(device, make_options, [(M,) for M in rows])[-1]
+
+
+@pytest.mark.parametrize(
+    ("leads", "made"),
+    [
+        ([(2, 3), (2, 7), (2, 9), (5, 9), (6, 11), (9, 1000)], [1, 2, 2, 3, 3, 3]),
+        ([(2, 3), (5, 7), (6, 7), (6, 11), (9, 1000)], [1, 2, 2, 2, 2]),
+        ([(2, 3), (5, 7), (1, 7), (1, 9), (6, 9)], [1, 2, 3, 3, 3]),
+        ([(2, 3, 4), (2, 3, 5), (2, 4, 5), (3, 5, 6), (7, 8, 9)], [1, 2, 3, 4, 4]),
+    ],
+    ids=["one by one", "together", "a single sample", "three"],
+)
+def test_each_leading_dimension_that_changes_costs_one_graph(device, leads, made):
+    """Dynamo takes each size for a constant until it changes, and 1 for one always."""
+    options = {"dropout_p": 0.1, "scaling": torch.tensor(0.5, device=device)}
+    assert counts(device, lambda step: options, leads) == made
 
 
 def test_two_graphs_for_every_size_with_a_tensor_scaling(device):
