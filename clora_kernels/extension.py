@@ -6,6 +6,7 @@ Two parts, each optional: ``cpu``, the Python module ``clora_kernels._C`` (opera
 
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -18,6 +19,13 @@ import torch
 _HERE = Path(__file__).parent
 _NAMESPACE = "clora_kernels"
 _HOW_TO_BUILD = "build it with `pip install --no-build-isolation .` in the source tree"
+
+CPU_MISSING = "the compiled part cpu is not there (info() tells why)"
+"""What a choice says, word for word, where that part would have been chosen."""
+
+# Frames that lie between a user's call and a warning: of this package, of torch, of the graphs that torch makes.
+_BETWEEN = (str(_HERE), str(Path(torch.__file__).parent), "<eval_with_key>")
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,33 @@ def status() -> list[Part]:
 def has_op(name: str, device_type: str) -> bool:
     """Whether the compiled operator ``clora_kernels::name`` has a kernel for ``device_type`` ("cpu", "cuda")."""
     return (name, device_type) in _kernels
+
+
+def warn_once(operation: str, device_type: str) -> None:
+    """Warn, the first time in a process, that ``operation`` ("routed_lora") runs without its compiled part."""
+    if operation in _warned:
+        return
+    _warned.add(operation)
+    warnings.warn(
+        f"clora_kernels has no compiled {operation} for {device_type} and runs it slower on ATen, with the same "
+        "results within rounding; to build it run `pip install --no-build-isolation .` in the source tree "
+        "(clora_kernels.info() tells why it is missing)",
+        RuntimeWarning,
+        stacklevel=_level_of_the_user(),
+    )
+
+
+# torch.compile cannot trace a warning, so it is given while tracing. This is what the decorator
+# torch.compiler.assume_constant_result does, without its import of the compiler.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _level_of_the_user() -> int:
+    """``stacklevel`` with which :func:`warn_once` points at the line that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def build_info() -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_fake_and_meta_have_the_shape():
 def test_compiles_into_one_graph_for_all_sizes(has_native, monkeypatch):
     if not has_native:
         monkeypatch.setattr(extension, "_kernels", frozenset())
-        monkeypatch.setattr(kernels, "_warned", True)
+        monkeypatch.setattr(extension, "_warned", {"dropout_mask"})
     graphs = []
 
     def backend(graph, _):
@@ -223,13 +223,14 @@ def test_plain_one_refuses(arguments, error, message):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fallback_warns_once_and_says_how_to_build(compiled, monkeypatch):
     monkeypatch.setattr(extension, "_kernels", frozenset())
-    monkeypatch.setattr(kernels, "_warned", False)
+    monkeypatch.setattr(extension, "_warned", set())
     torch._dynamo.reset()
     path = torch.compile(kernels.dropout_mask, fullgraph=True, backend="eager") if compiled else kernels.dropout_mask
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         masks = [mask_of(path, 7, 20000, 0, 6, 20) for _ in range(3)]
     assert len(caught) == 1 and caught[0].category is RuntimeWarning
+    assert "no compiled dropout_mask for cpu" in str(caught[0].message)
     assert "pip install --no-build-isolation ." in str(caught[0].message)
     assert all(torch.equal(mask, mask_of(reference.dropout_mask, 7, 20000, 0, 6, 20)) for mask in masks)
 
@@ -265,6 +266,6 @@ def test_public_function_masks_every_row_of_any_shape():
 
 def test_plain_path_starts_at_its_first_row(monkeypatch):
     monkeypatch.setattr(extension, "_kernels", frozenset())
-    monkeypatch.setattr(kernels, "_warned", True)
+    monkeypatch.setattr(extension, "_warned", {"dropout_mask"})
     whole, part = (mask_of(kernels.dropout_mask, 3, 32768, first, rows, 24) for first, rows in ((0, 7), (4, 3)))
     assert torch.equal(part, whole[4:])

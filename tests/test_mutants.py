@@ -72,8 +72,8 @@ def test_a_mutant_that_changes_nothing_survives(tmp_path):
         "comment",
         "clora_kernels/kernels/dropout_mask.py",
         "nothing",
-        "import warnings\n",
-        "import warnings  # nothing is broken\n",
+        "import torch\n",
+        "import torch  # nothing is broken\n",
         ("tests/test_testing_integrity.py",),
     )
     assert runner.outcome(same).state == "survived"

@@ -15,6 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..kernels.gram_schmidt import aten, layer, stacks
 from ..kernels.gram_schmidt.algebra import Columns, Outputs, Primitives, complete
 from ..kernels.gram_schmidt.stacks import columns_of, flat
@@ -31,13 +32,15 @@ def choose(V: Tensor, backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``native`` on a CPU where it is built and takes the dtype,
     ``triton`` on a GPU where its kernels run and take the dtype, else ``aten``."""
     check_backend(backend)
+    missing = ""
     if backend in ("auto", "native"):
         why_not = layer.why_not(V)
         if backend == "native" and why_not:
             raise unavailable("gram_schmidt", backend, f"{why_not}; use 'auto' or 'aten'")
         if not why_not:
             return _choice("native", backend)
-    chosen, why_not = backend, ""
+        missing = why_not if why_not == extension.CPU_MISSING else ""
+    chosen, why_not = backend, missing
     if backend == "triton" or (backend == "auto" and V.is_cuda):
         why_not = why_not_triton(V.dtype, V.device.type, V.device.index)
     if backend == "triton" and why_not:
@@ -45,6 +48,14 @@ def choose(V: Tensor, backend: str = "auto") -> Choice:
     if backend == "auto":
         chosen = "triton" if V.is_cuda and not why_not else "aten"
     return _choice(chosen, backend, why_not)
+
+
+def decide(V: Tensor, backend: str) -> str:
+    """The backend of :func:`choose` for a call that runs now, which warns once where the compiled part is missed."""
+    choice = choose(V, backend)
+    if choice.reason == extension.CPU_MISSING:
+        extension.warn_once("gram_schmidt", V.device.type)
+    return choice.backend
 
 
 @cache
@@ -180,7 +191,7 @@ def _of_basis(dP: Tensor | None, V: Tensor, basis: Tensor | None, R: Tensor) -> 
 def _forward(
     V: list[Tensor], against: list[Tensor], given: list[bool], rank_tol: float | None, deficient: str, backend: str
 ) -> list[Tensor]:
-    return run_forward(V, unpack_bases(against, given), rank_tol, deficient, choose(V[0], backend).backend)
+    return run_forward(V, unpack_bases(against, given), rank_tol, deficient, decide(V[0], backend))
 
 
 def _forward_fake(

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..kernels.routed_lora.tables import Table, call_of, table_of
@@ -51,12 +52,24 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
         why_not = layer.why_not(x, projections)
         if backend == "native" and why_not:
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
-        if not why_not and (backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])):
-            return _choice("native", backend)
+        if why_not in ("", extension.CPU_MISSING) and (
+            backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])
+        ):
+            if not why_not:
+                return _choice("native", backend)
+            why = why_not
     if backend == "triton" and (why_not := why_not_triton(x.dtype, x.device.type, x.device.index)):
         raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
     chosen = backend if backend in ("reference", "triton") else "aten"
     return _choice(chosen, backend, why, x.dtype, projections[0].base_output is not None)
+
+
+def decide(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> str:
+    """The backend of :func:`choose` for a call that runs now, which warns once where the compiled part is missed."""
+    choice = choose(x, projections, backend)
+    if choice.reason == extension.CPU_MISSING:
+        extension.warn_once("routed_lora", x.device.type)
+    return choice.backend
 
 
 def _says(table: Table, x: Tensor, projections: Sequence[Projection]) -> tuple[bool, str]:
@@ -194,7 +207,7 @@ def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) 
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)
-    return run_forward(x, projections, choose(x, projections, backend).backend)
+    return run_forward(x, projections, decide(x, projections, backend))
 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:

@@ -1,15 +1,11 @@
 """The dropout mask by the compiled operator where it is built for the device, else by the plain PyTorch definition."""
 
-import warnings
-
 import torch
 
 from .. import extension
 from ..reference import dropout_mask as reference
 
 __all__ = ["dropout_mask"]
-
-_warned = False
 
 
 def dropout_mask(seed: torch.Tensor, threshold: torch.Tensor, first_row: int, rows: int, columns: int) -> torch.Tensor:
@@ -20,26 +16,8 @@ def dropout_mask(seed: torch.Tensor, threshold: torch.Tensor, first_row: int, ro
     """
     if extension.has_op("dropout_mask", seed.device.type):
         return torch.ops.clora_kernels.dropout_mask.default(seed, threshold, first_row, rows, columns)
-    _warn_once(seed.device.type)
+    extension.warn_once("dropout_mask", seed.device.type)
     return reference.dropout_mask(seed, threshold, first_row, rows, columns)
-
-
-def _warn_once(device_type: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"clora_kernels has no compiled dropout mask for {device_type} and uses a slower one of plain PyTorch with "
-            "the same bits; to build it run `pip install --no-build-isolation .` in the source tree "
-            "(clora_kernels.info() tells why it is missing)",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-# torch.compile cannot trace a warning, so it is given while tracing. This is what the decorator
-# torch.compiler.assume_constant_result does, without its import of the compiler.
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 if extension.has_op("dropout_mask", "cpu") or extension.has_op("dropout_mask", "cuda"):

@@ -4,6 +4,7 @@ from .aot import AOT
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
+from .extension import EXTENSION
 from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
 from .gram_schmidt_calls import CALLS as GS_CALLS
 from .gram_schmidt_native import NATIVE as GS_NATIVE
@@ -66,5 +67,6 @@ MUTANTS: list[Mutant] = [
     *AOT,
     *INTEGRATIONS,
     *DROPOUT_MASK,
+    *EXTENSION,
     *CONTINUAL,
 ]

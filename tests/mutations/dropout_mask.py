@@ -99,8 +99,12 @@ _CHOICE = mutants_of(
             "return seed.new_empty((rows, columns), dtype=torch.bool)",
             "return seed.new_empty((rows, columns), dtype=torch.uint8)",
         ),
-        ("warns-always", "the missing binary is told at every call", "    if not _warned:\n", "    if True:\n"),
-        ("warns-never", "the missing binary is not told", "    if not _warned:\n", "    if False:\n"),
+        (
+            "warns-never",
+            "the missing binary is not told",
+            '    extension.warn_once("dropout_mask", seed.device.type)\n',
+            "",
+        ),
     ],
 )
 

@@ -162,8 +162,8 @@ CALLS = [
              '    if deficient == "raise":\n        check_rank(results)\n    return results',
              "    return results"),
             ("backend-ignored", "the backend that was named is not taken",
-             "chosen = backend if compiling else choose(Vs[0], backend).backend",
-             'chosen = backend if compiling else choose(Vs[0], "auto").backend'),
+             "chosen = backend if compiling else decide(Vs[0], backend)",
+             'chosen = backend if compiling else decide(Vs[0], "auto")'),
         ],
     ),
     *mutants_of(

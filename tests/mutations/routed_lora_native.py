@@ -184,8 +184,8 @@ _WRAPPERS = mutants_of(
         (
             "takes-fp64",
             "it is said to take fp64",
-            "big.is_cpu and big.dtype != torch.float64 and",
-            "big.is_cpu and",
+            "return big.is_cpu and big.dtype != torch.float64",
+            "return big.is_cpu",
         ),
         (
             "never-accumulates",

@@ -222,8 +222,8 @@ _DISPATCH = mutants_of(
         (
             "chosen-before-the-draw",
             "auto does not see dropout",
-            "chosen = choose(x, projections).backend\n",
-            "chosen = choose(x, [j._replace(threshold=None) for j in projections]).backend\n",
+            "chosen = decide(x, projections)\n",
+            "chosen = decide(x, [j._replace(threshold=None) for j in projections])\n",
         ),
         (
             "explained-without-dropout",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice, check_backend
-from ...dispatch.gram_schmidt import check_rank, choose, run_forward
+from ...dispatch.gram_schmidt import check_rank, choose, decide, run_forward
 from ...dispatch.gram_schmidt import gram_schmidt as operator
 from ...library import without_autocast
 from ...reference import gram_schmidt as reference
@@ -175,7 +175,7 @@ def _run(
     compiling = torch.compiler.is_compiling()  # then the operator chooses when it runs
     if compiling:
         check_backend(backend)
-    chosen = backend if compiling else choose(Vs[0], backend).backend
+    chosen = backend if compiling else decide(Vs[0], backend)
     if chosen == "reference":
         return _reference(Vs, bases, rank_tol, deficient)
     tensors, given = [*Vs, *(P for P in bases if P is not None)], tuple(P is not None for P in bases)

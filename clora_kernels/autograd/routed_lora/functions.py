@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice, check_backend
-from ...dispatch.routed_lora import check_index, choose, pack_projections, routed_lora
+from ...dispatch.routed_lora import check_index, choose, decide, pack_projections, routed_lora
 from ...kernels.routed_lora.algebra import Projection
 from ...library import autocast_is_on, without_autocast
 from ...reference import routed_lora as reference
@@ -183,7 +183,7 @@ def _run(
         chosen = choose(x, projections, backend).backend
     projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
     if backend == "auto" and not late:  # tables tell calls that drop from those that do not
-        chosen = choose(x, projections).backend
+        chosen = decide(x, projections)
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)

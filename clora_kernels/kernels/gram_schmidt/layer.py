@@ -26,7 +26,7 @@ def why_not(V: Tensor) -> str:
         return f"it is not built for {V.dtype}"
     if not V.is_cpu:
         return f"it runs on the CPU, not on {V.device.type}"
-    return "" if extension.has_op("gram_schmidt_sweeps", "cpu") else "the compiled part cpu is not there"
+    return "" if extension.has_op("gram_schmidt_sweeps", "cpu") else extension.CPU_MISSING
 
 
 def forward(columns: Sequence[Columns], rank_tol: float) -> list[GramSchmidtResult]:

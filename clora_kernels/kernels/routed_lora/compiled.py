@@ -19,9 +19,14 @@ from .algebra import Dropout
 _FEW_ROWS = 8  # up to here a call of oneDNN takes longer than the product
 
 
+def takes(big: Tensor) -> bool:
+    """Whether the operators, where they are built, take ``big``."""
+    return big.is_cpu and big.dtype != torch.float64
+
+
 def serves(big: Tensor) -> bool:
     """Whether the operators are built, and take ``big``."""
-    return big.is_cpu and big.dtype != torch.float64 and extension.has_op("routed_lora_shrink", "cpu")
+    return takes(big) and extension.has_op("routed_lora_shrink", "cpu")
 
 
 def is_faster(big: Tensor) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import extension
 from ..views import cast, flatten, unflatten
 from . import compiled
 from .algebra import Needs, Projection
@@ -28,7 +29,8 @@ _FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 9), torch.float32: range(2, 9), t
 
 
 def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
-    """Why these projections cannot be computed so; empty if they can."""
+    """Why these projections cannot be computed so; empty if they can, ``extension.CPU_MISSING`` if nothing else is in
+    the way."""
     j = projections[0]
     if len(projections) > 1:
         return "it computes one projection at a time, not a group"
@@ -37,13 +39,13 @@ def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
     if j.routing is not None or j.gate is not None:
         given = [name for name in ("routing", "gate") if getattr(j, name) is not None]
         return f"it has no {' and no '.join(given)}"
-    if not compiled.serves(x):
+    if not compiled.takes(x):
         return f"it is not built for {x.dtype} on {x.device.type}"
     if not (_is_plain_fp32(j.lora_A) and _is_plain_fp32(j.lora_B)):
         return "it takes lora_A and lora_B in fp32 and contiguous"
     if j.scaling.dtype != torch.float32 or not j.scaling.is_cpu:
         return "it takes an fp32 scaling on the CPU"
-    return ""
+    return "" if extension.has_op("routed_lora_lay_down", "cpu") else extension.CPU_MISSING
 
 
 def _is_plain_fp32(t: Tensor) -> bool:
