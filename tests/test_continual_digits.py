@@ -89,13 +89,50 @@ def test_the_whole_comparison_writes_what_it_says(examples, short, tmp_path, cap
     out = capsys.readouterr().out
     for name in compare.CONTESTANTS:
         assert f"| {name} " in out
-    assert "C-LoRA over tuned LoRA: average" in out and "the earlier tasks' path moved by" in out
+    published = (EXAMPLES / "results" / "digits.md").read_text()
+    assert "2 seeds decide nothing" in out and out.count("C-LoRA over tuned LoRA: average") == 2
+    assert next(line for line in published.splitlines() if line.startswith("C-LoRA over tuned LoRA: ")) in out
+    assert "the earlier tasks' path moved by" in out
     for dtype in ("float32", "bfloat16"):
         assert f"parity with fp64, C-LoRA, {dtype}: " in out and "of 16 layers" in out
     assert (tmp_path / "digits.md").read_text().strip() in out
     runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
     assert {name: [r["seed"] for r in of] for name, of in runs.items()} == {n: [0, 1] for n in compare.CONTESTANTS}
     assert all((tmp_path / f"digits_{x}.png").stat().st_size > 5000 for x in ("accuracy", "forgetting"))
+
+
+@pytest.mark.parametrize(
+    ("average", "learning", "told"),
+    [
+        (
+            [0.05, 0.07],
+            [0.03, 0.01],
+            "average +6.0 ± 1.0, more than two standard errors; learning +2.0 ± 1.0, better by",
+        ),
+        (
+            [0.05, 0.0],
+            [0.01, 0.0],
+            "average +2.5 ± 2.5, NOT more than two standard errors; learning +0.5 ± 0.5, within",
+        ),
+        (
+            [-0.06, -0.06],
+            [-0.02, -0.02],
+            "-6.0 ± 0.0, NOT more than two standard errors; learning -2.0 ± 0.0, worse by",
+        ),
+    ],
+)
+def test_the_verdict_in_words(examples, average, learning, told) -> None:
+    mine = [{"average": 0.5 + a, "learning": 0.5 + g} for a, g in zip(average, learning, strict=True)]
+    assert told in examples[0].verdict(mine, [{"average": 0.5, "learning": 0.5}] * 2)
+
+
+def test_few_seeds_decide_nothing_also_where_no_table_is_at_hand(examples, monkeypatch, tmp_path) -> None:
+    compare, _ = examples
+    assert compare.caution(1).startswith("1 seed decides nothing") and "The 10 seeds of" in compare.caution(1)
+    monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "digits.json")
+    assert compare.caution(5) == (
+        "5 seeds decide nothing, whatever stands above: the class orders differ too much; 10 were published"
+    )
 
 
 def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples) -> None:
