@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+import clora_kernels as ck
+from clora_kernels.testing import assert_orthonormal
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -97,3 +102,21 @@ def test_ranks_that_do_not_fit_are_refused(examples, rank, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         examples[0].main(["--rank", rank])
     assert stop.value.code == 2 and f"--rank: got {rank}, expected 1 to 21" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_snippet_of_the_readme_does_what_it_says(examples, dtype) -> None:
+    """And to the bit what the example does, where that keeps lora_A in fp32."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(# layers: .*?)```", readme, re.DOTALL)
+    layers = {name: ck.RoutedLoRALinear(40, n, 4, adapter_dtype=dtype) for name, n in (("q", 24), ("up", 80))}
+    earlier = {name: [torch.randn(4, 40, dtype=dtype, requires_grad=True) for _ in range(3)] for name in layers}
+    before, same = ([layer.lora_A.detach().clone().float().mT for layer in layers.values()], copy.deepcopy(layers))
+    made = {"ck": ck, "torch": torch, "layers": layers, "earlier": earlier}
+    exec(snippet, made)
+    for result, V, old in zip(made["new"], before, made["old"], strict=True):
+        assert_orthonormal(result, V, old, ranks=[4])
+    examples[0].start_orthogonally(same, {name: torch.cat(tensors).float() for name, tensors in earlier.items()})
+    for name, layer in layers.items():
+        assert layer.lora_A.is_leaf and layer.lora_A.requires_grad
+        assert dtype != torch.float32 or torch.equal(layer.lora_A, same[name].lora_A)
