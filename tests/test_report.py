@@ -15,6 +15,7 @@ from clora_kernels import RoutedLoRA, RoutedLoRALinear, extension
 from clora_kernels.__main__ import main
 from clora_kernels.dispatch import routed_lora as routed_lora_dispatch
 from clora_kernels.dispatch.choice import BACKENDS
+from clora_kernels.kernels import cpu_matmul
 from clora_kernels.selftest import Case, SelftestReport, _check, selftest
 from clora_kernels.testing import dispatched
 
@@ -175,6 +176,18 @@ def test_selftest_checks_everything_and_times_what_its_seconds_allow(monkeypatch
     one_round = selftest(torch.device("cpu"), seconds=1)
     assert list(one_round.ratios.values()) == [None] * 6 and clock[0] == 24, "the first round warms up"
     assert str(SelftestReport("cpu", [], {"a / b": 0.4})).count("0.400 (2.50 times faster)") == 1
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_selftest_says_where_the_libraries_differ(by_onednn, monkeypatch):
+    """Where F.linear and the layer take different matmuls, and a time was taken."""
+    monkeypatch.setattr("clora_kernels.selftest._check", lambda dtype, device: [Case(str(dtype), True, "")])
+    monkeypatch.setattr("clora_kernels.selftest._seconds", lambda fn, backward, device: 1.0)
+    monkeypatch.setattr(cpu_matmul, "_onednn_linear", lambda: by_onednn or None)
+    report = selftest(torch.device("cpu"))
+    assert ("takes oneDNN's matmuls here" in str(report)) == by_onednn
+    monkeypatch.setattr("clora_kernels.selftest._check", lambda dtype, device: [Case(str(dtype), False, "")])
+    assert "oneDNN" not in str(selftest(torch.device("cpu")))
 
 
 def test_why_triton_is_not_there(monkeypatch):

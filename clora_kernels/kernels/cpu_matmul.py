@@ -56,7 +56,8 @@ def _least_flops() -> int:
     return _LEAST_FLOPS_FULL_WIDTH if vendor == "AuthenticAMD" and family >= 26 else _LEAST_FLOPS
 
 
-def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
+def goes_to_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether :func:`matmul` takes oneDNN for a·b, where torch would take MKL."""
     (m, k), n = a.shape, b.shape[1]
     return bool(
         2 * m * k * n >= _least_flops()
@@ -75,7 +76,7 @@ def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [m, k] · b [k, n] (+ bias [n]) in the dtype of all three; any dtype and device."""
-    if _goes_to_onednn(a, b):
+    if goes_to_onednn(a, b):
         # a bias with gaps would be read as if it had none
         return _by_onednn(a, b, None if bias is None else bias.contiguous())
     if (
@@ -113,4 +114,4 @@ def goes_faster_in_blocks(a: Tensor, b: Tensor) -> bool:
 
     The addition costs what oneDNN gains at an inner dimension of 16; at 64, 1024×64×2048 takes 2.8 ms and 1.5.
     """
-    return a.shape[1] >= 32 and _goes_to_onednn(a, b)
+    return a.shape[1] >= 32 and goes_to_onednn(a, b)

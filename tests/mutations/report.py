@@ -74,6 +74,8 @@ REPORT = [
              'told = "left out: the time was up" if ratio is None', 'told = "" if ratio is None'),
             ("wrong-but-timed", "a wrong result is timed",
              "    if all(case.ok for case in cases):\n", "    if cases:\n"),
+            ("libraries-untold", "nothing is said of a layer that is faster than the frozen linear",
+             '_note(device) if ratios else ""', '""'),
             ("failures-pass", "a check that fails passes",
              'return Case(name, False, f"{type(error)', 'return Case(name, True, f"{type(error)'),
         ],
