@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 """Tensors that hold values, and that no subclass wants to see operators of."""
@@ -40,6 +41,28 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     if autocast_is_on(t):
         return torch.autocast(t.device.type, enabled=False)
     return nullcontext()
+
+
+def refuse_forward_mode(operation: str, tensors: Iterable[Tensor | None]) -> None:
+    """RuntimeError where one of ``tensors`` carries a tangent, which the operators would lose."""
+    if forward_ad._current_level < 0:  # as nearly always
+        return
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{operation}: forward mode (torch.func.jvp, torch.autograd.forward_ad) is not supported by the "
+                "operators; pass backend='reference', plain PyTorch that every transform can go through"
+            )
+
+
+def refuse_forward_mode_below_autograd(operation: str, tensors: Iterable[Tensor | None]) -> None:
+    """The same inside an operator, which alone sees the tangents of what a compiled graph was called with."""
+    if forward_ad._current_level < 0:
+        return
+    # to look at a tangent makes a view of it, which a key that is left out below autograd must see
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        refuse_forward_mode(operation, tensors)
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:

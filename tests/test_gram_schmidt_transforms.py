@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from orthonormal import TYPES, backends, evaluate, gradients_for
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import gram_schmidt, gram_schmidt_foreach, orthonormal_basis
@@ -111,8 +112,28 @@ def test_func_transforms(device, backend):
     assert all(torch.equal(g, e) for g, e in zip(pull((dQ, dR)), expected.values(), strict=True))
     with pytest.raises(RuntimeError, match=r"gram_schmidt: torch\.func\.vmap"):
         torch.func.vmap(partial(gram_schmidt, backend=backend))(inputs["V"])
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+    with pytest.raises(RuntimeError, match=r"gram_schmidt: forward mode .*backend='reference'"):
         torch.func.jvp(lambda V: gram_schmidt(V, backend=backend).Q, (inputs["V"],), (inputs["V"],))
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("name", ["V", "against"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_raises_whatever_carries_the_tangent(device, backend, name, compiled):
+    """Where nothing learns, and in a compiled graph, the tangent would be lost without a word."""
+    inputs = make_inputs(k=3, device=device)
+
+    def run(t, backend=backend):
+        return orthonormal_basis(**{**inputs, name: t}, backend=backend).Q
+
+    torch._dynamo.reset()
+    fn = torch.compile(run, backend="aot_eager") if compiled else run
+    with forward_ad.dual_level():
+        assert fn(inputs[name]).shape == inputs["V"].shape, "a level without a tangent changes nothing"
+        dual = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(RuntimeError, match=r"gram_schmidt: forward mode .*backend='reference'"):
+            fn(dual)
+        assert forward_ad.unpack_dual(run(dual, "reference")).tangent is not None
 
 
 def test_the_reference_goes_through_every_transform(device):

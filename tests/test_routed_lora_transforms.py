@@ -8,6 +8,7 @@ import pytest
 import torch
 from strategies import call, dy_for
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -115,8 +116,7 @@ def test_other_transforms_raise_and_name_the_way_out(device, transform):
     def fn(x, backend="auto"):
         return routed_lora_linear(**{**inputs, "x": x}, backend=backend)
 
-    told = "jvp function" if transform in ("jvp", "jacfwd") else r"routed_lora: .*backend='reference'"
-    with pytest.raises(RuntimeError, match=told):  # NotImplementedError is one
+    with pytest.raises(RuntimeError, match=r"routed_lora: .*backend='reference'"):
         TRANSFORMS[transform](fn, inputs["x"])
     y = fn(inputs["x"])
     result = TRANSFORMS[transform](partial(fn, backend="reference"), inputs["x"])
@@ -125,6 +125,28 @@ def test_other_transforms_raise_and_name_the_way_out(device, transform):
     if transform in ("jacrev", "jacfwd"):
         expected = torch.autograd.functional.jacobian(fn, inputs["x"])
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "gate", "scaling"])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_raises_whatever_carries_the_tangent(device, name, learns, compiled):
+    """Without it the tangent would be lost where nothing learns, and in a compiled graph."""
+    inputs = make_inputs(gate=(5,), routing=False, scaling=None, device=device)
+
+    def run(t, backend="auto"):
+        return call(**{**inputs, name: t}, backend=backend)
+
+    torch._dynamo.reset()
+    fn = torch.compile(run, backend="aot_eager") if compiled else run
+    t = inputs[name].requires_grad_(learns)
+    with forward_ad.dual_level():
+        assert fn(t).shape == run(t).shape, "a level without a tangent changes nothing"
+        dual = forward_ad.make_dual(t, torch.ones_like(t))
+        told = r"routed_lora: forward mode .*backend='reference'" if not (compiled and learns) else "jvp|forward mode"
+        with pytest.raises(RuntimeError, match=told):  # where a graph learns torch may come first
+            fn(dual)
+        assert forward_ad.unpack_dual(run(dual, "reference")).tangent is not None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

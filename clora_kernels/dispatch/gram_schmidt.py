@@ -19,7 +19,7 @@ from .. import extension
 from ..kernels.gram_schmidt import aten, layer, stacks
 from ..kernels.gram_schmidt.algebra import Columns, Outputs, Primitives, complete
 from ..kernels.gram_schmidt.stacks import columns_of, flat
-from ..library import define_operator, without_autocast
+from ..library import define_operator, refuse_forward_mode_below_autograd, without_autocast
 from ..reference.gram_schmidt import GramSchmidtResult, tolerance
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
@@ -191,6 +191,7 @@ def _of_basis(dP: Tensor | None, V: Tensor, basis: Tensor | None, R: Tensor) -> 
 def _forward(
     V: list[Tensor], against: list[Tensor], given: list[bool], rank_tol: float | None, deficient: str, backend: str
 ) -> list[Tensor]:
+    refuse_forward_mode_below_autograd("gram_schmidt", (*V, *against))
     return run_forward(V, unpack_bases(against, given), rank_tol, deficient, decide(V[0], backend))
 
 

@@ -21,7 +21,7 @@ from .. import extension
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..kernels.routed_lora.tables import Table, call_of, table_of
-from ..library import PLAIN_TYPES, define_operator, without_autocast
+from ..library import PLAIN_TYPES, define_operator, refuse_forward_mode_below_autograd, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 
@@ -204,6 +204,7 @@ def run_backward(
 
 
 def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
+    refuse_forward_mode_below_autograd("routed_lora", (x, *tensors))
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)

@@ -5,6 +5,7 @@ from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
 from .extension import EXTENSION
+from .forward_mode import FORWARD_MODE
 from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
 from .gram_schmidt_calls import CALLS as GS_CALLS
 from .gram_schmidt_native import NATIVE as GS_NATIVE
@@ -68,5 +69,6 @@ MUTANTS: list[Mutant] = [
     *INTEGRATIONS,
     *DROPOUT_MASK,
     *EXTENSION,
+    *FORWARD_MODE,
     *CONTINUAL,
 ]

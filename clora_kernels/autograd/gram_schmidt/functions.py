@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dispatch.choice import Choice, check_backend
 from ...dispatch.gram_schmidt import check_rank, choose, decide, run_forward
 from ...dispatch.gram_schmidt import gram_schmidt as operator
-from ...library import without_autocast
+from ...library import refuse_forward_mode, without_autocast
 from ...reference import gram_schmidt as reference
 from ...reference.gram_schmidt import GramSchmidtResult
 from ..routed_lora.function import is_plain
@@ -68,7 +68,7 @@ def gram_schmidt(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected, before anything runs.
         torch.linalg.LinAlgError: with ``deficient="raise"``, for a matrix with dependent columns, NaN or Inf.
-        RuntimeError: when differentiated twice with a backend other than "reference".
+        RuntimeError: when differentiated twice, or in forward mode, with a backend other than "reference".
     """
     check_matrix("V", V)
     if against is not None:
@@ -179,6 +179,7 @@ def _run(
     if chosen == "reference":
         return _reference(Vs, bases, rank_tol, deficient)
     tensors, given = [*Vs, *(P for P in bases if P is not None)], tuple(P is not None for P in bases)
+    refuse_forward_mode("gram_schmidt", tensors)
     n = len(Vs)
     out: Sequence[Tensor]
     if compiling:  # the operator has the gradients of the Function

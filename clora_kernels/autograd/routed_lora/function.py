@@ -23,8 +23,8 @@ from ...library import LIBRARY, PLAIN_TYPES, below_autograd
 
 
 class _FirstOrderReverse(torch.autograd.Function):
-    """Says in words that help what the operators do not do. Of ``jvp`` torch says so itself: Dynamo traces no Function
-    that defines one."""
+    """Says in words that help what the operators do not do. Forward mode is refused before a Function is asked: Dynamo
+    traces none that defines ``jvp``."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

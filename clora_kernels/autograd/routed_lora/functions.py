@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dispatch.choice import Choice, check_backend
 from ...dispatch.routed_lora import check_index, choose, decide, pack_projections, routed_lora
 from ...kernels.routed_lora.algebra import Projection
-from ...library import autocast_is_on, without_autocast
+from ...library import autocast_is_on, refuse_forward_mode, without_autocast
 from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
 from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
@@ -89,7 +89,7 @@ def routed_lora_linear(
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.
-        RuntimeError: when differentiated twice with a backend other than "reference".
+        RuntimeError: when differentiated twice, or in forward mode, with a backend other than "reference".
     """
     adapter = RoutedLoRA(
         weight, lora_A, lora_B, routing, bias, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
@@ -187,6 +187,7 @@ def _run(
     if chosen == "reference":
         return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
     tensors, given = pack_projections(projections)
+    refuse_forward_mode("routed_lora", (x, *tensors))
     if compiling:
         # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
         # with one gate), nor one with *tensors where nothing learns.
