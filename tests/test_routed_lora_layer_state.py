@@ -7,7 +7,8 @@ from layers import randomize, same_bits, snapshot
 from torch import nn
 from torch.nn.utils import parametrize
 
-from clora_kernels import RoutedLoRAFusedLinear, RoutedLoRALinear, extension
+from clora_kernels import RoutedLoRAFusedLinear, RoutedLoRALinear, explain, extension
+from clora_kernels.dispatch.choice import Choice
 
 
 def make(**options):
@@ -89,6 +90,32 @@ def test_the_repr_of_a_layer_whose_backend_runs():
     layer = RoutedLoRALinear(33, 9, 4, backend="native", routing=False)
     there = extension.has_op("routed_lora_lay_down", "cpu")
     assert repr(layer).endswith(f"path=native{'' if there else ' (unavailable)'})")
+
+
+@pytest.mark.parametrize(
+    ("K", "r", "routing", "path"),
+    [(8, 4, False, "native or aten, by size"), (8, 4, True, "aten"), (1 << 20, 16, False, "aten")],
+)
+def test_the_repr_names_the_backends_that_calls_take(K, r, routing, path, monkeypatch):
+    """A plain layer is computed by another backend where there is little to compute; in a wide one there never is."""
+    layer = RoutedLoRALinear(K, 6, r, routing=routing)
+    taken = dict.fromkeys(explain(layer, torch.zeros(1, 1).expand(M, K)).backend for M in (1, 1 << 30))
+    assert repr(layer).endswith(f"path={' or '.join(taken)}{', by size' if len(taken) > 1 else ''})")
+    if extension.has_op("routed_lora_lay_down", "cpu"):
+        assert repr(layer).endswith(f"path={path})")
+    monkeypatch.setattr(extension, "_kernels", frozenset())
+    assert repr(layer).endswith("path=aten)")
+
+
+def test_the_repr_asks_the_table_of_the_calls_that_drop(monkeypatch):
+    layer = RoutedLoRALinear(8, 6, 4, dropout_p=0.5)
+    asked = []
+    monkeypatch.setattr(
+        "clora_kernels.modules.routed_lora.layer.choose",
+        lambda x, projections, backend: asked.append(projections[0].threshold is not None) or Choice("triton", "", ""),
+    )
+    assert repr(layer).endswith("path=triton)") and repr(layer.eval()).endswith("path=triton)")
+    assert asked == [True] * 31 + [False] * 31
 
 
 def test_the_rank_is_any_integer_and_says_so():

@@ -259,6 +259,9 @@ _STATE = [
         "layer",
         _STATE_TESTS,
         [
+            ("path-of-many-rows", "the repr knows large batches alone", "for i in range(31)]", "for i in (30,)]"),
+            ("path-of-training", "the repr asks for calls that drop in eval mode",
+             "if self.training and self.dropout_p else None", "if self.dropout_p else None"),
             ("rank-as-it-came", "the rank keeps the type that it came in",
              "operator.index(r), dropout_p", "r, dropout_p"),
             ("rank-of-a-float", "a rank that is a float is not told",

@@ -260,12 +260,17 @@ class RoutedLoRALinear(AdapterLinear):
         )
 
     def _path(self) -> str:
-        """The backend of a large batch, unavailable where a call would raise."""
+        """The backend of a call of any number of rows, by size where there are several; unavailable where a call would
+        raise."""
         lora_A, lora_B, routing, frozen_routing = self.adapter_tensors()
         scaling = scaling_tensor(self.scaling, self.weight)
         tensors = (self.weight, lora_A, lora_B, routing, frozen_routing)
-        projection = Projection(*tensors, None, None, self.bias, None, scaling, None, None)
+        drops = torch.zeros((), dtype=torch.int64) if self.training and self.dropout_p else None
+        projection = Projection(*tensors, None, None, self.bias, None, scaling, drops, drops)
+        row = self.weight.new_empty(1, 1)
         try:
-            return choose(self.weight.new_empty(1, 1).expand(1 << 30, 1), [projection], self.backend).backend
+            chosen = [choose(row.expand(1 << i, 1), [projection], self.backend).backend for i in range(31)]
         except ValueError:
             return f"{self.backend} (unavailable)"
+        several = list(dict.fromkeys(chosen))
+        return " or ".join(several) + (", by size" if len(several) > 1 else "")
