@@ -69,6 +69,42 @@ def test_report_tells_what_was_left_and_what_matched_nothing(model):
     assert "adapted already" in str(report) and "hooks" in str(report) and "'k_proj' matched nothing" in str(report)
 
 
+HOOKS = {
+    "forward": lambda linear: linear.register_forward_hook(lambda *_: None),
+    "forward pre": lambda linear: linear.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda linear: linear.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda linear: linear.register_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("make", [ck.RoutedLoRALinear, ck.RoutedLoRAFusedLinear])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_inject_leaves_alone_from_linear_refuses(model, make, kind):
+    """A layer with hooks, of any kind, until they are gone."""
+    options = {"slices": [(0, 4)]} if make is ck.RoutedLoRAFusedLinear else {}
+    linear = model[0].up
+    hook = HOOKS[kind](linear)
+    why = "it carries hooks, which its replacement would lose"
+    with pytest.raises(TypeError, match=f"linear: got Linear, expected a plain nn.Linear or Conv1D; {why}"):
+        make.from_linear(linear, 2, **options)
+    with pytest.raises(ValueError, match=f"0.up was left alone: {why}"):
+        ck.inject(model, lora, ["0.up"])
+    hook.remove()
+    assert make.from_linear(linear, 2, **options).weight is linear.weight
+
+
+def test_a_patched_forward_and_a_weight_that_is_computed_are_refused(model):
+    model[0].up.forward = lambda x: x
+    with pytest.raises(TypeError, match="its forward is patched, which its replacement would not be"):
+        lora(model[0].up)
+    weight = model[1].up.weight
+    del model[1].up.weight
+    model[1].up.weight = weight.detach() * 2  # as the old weight_norm makes it
+    with pytest.raises(TypeError, match="its weight is no Parameter of its own"):
+        lora(model[1].up)
+    assert dict(ck.inject(model, lora, ["1.up", "q_proj"]).left) == {"1.up": "its weight is no Parameter of its own"}
+
+
 @pytest.mark.parametrize("targets", [["k_proj"], "nothing", [], ["0"]], ids=str)
 def test_swapping_nothing_raises_and_changes_nothing(model, targets):
     before = list(model.modules())

@@ -27,9 +27,22 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     if type(module) is not nn.Linear and not is_conv1d:
         return f"{type(module).__name__} is neither nn.Linear nor Conv1D"
-    weight = module.get_parameter("weight")
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no Parameter of its own"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, not one of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def why_not_replaceable(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be replaced by an adapted one that computes all that it does, or None."""
+    if (why := why_not_adaptable(module)) is not None:
+        return why
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it carries hooks, which its replacement would lose"
+    if "forward" in vars(module):
+        return "its forward is patched, which its replacement would not be"
     return None
 
 
@@ -48,7 +61,7 @@ class AdapterLinear(nn.Linear):
 
     @classmethod
     def _around(cls, linear: nn.Module) -> Self:
-        why_not = why_not_adaptable(linear)
+        why_not = why_not_replaceable(linear)
         if why_not:
             raise TypeError(f"linear: got {type(linear).__name__}, expected a plain nn.Linear or Conv1D; {why_not}")
         self = cls.__new__(cls)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .adapter import AdapterLinear, why_not_adaptable
+from .adapter import AdapterLinear, why_not_adaptable, why_not_replaceable
 from .routed_lora import RoutedLoRALinear
 
 Targets = str | re.Pattern[str] | Iterable[str]
@@ -268,13 +268,8 @@ def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Modul
 def _why_left(module: nn.Module, parent: nn.Module) -> str | None:
     if isinstance(module, AdapterLinear):
         return "it is adapted already"
-    why = why_not_adaptable(module)
-    if why is not None:
+    if (why := why_not_replaceable(module)) is not None:
         return why
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it carries hooks, which its replacement would lose"
-    if "forward" in vars(module):
-        return "its forward is patched, which its replacement would not be"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer's inference path reads its weight without calling it"
     return None

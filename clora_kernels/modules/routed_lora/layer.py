@@ -83,8 +83,8 @@ class RoutedLoRALinear(AdapterLinear):
         nothing.
 
         Raises:
-            TypeError: another type, a subclass (its forward may do more than a product), or a weight that is not
-                floating.
+            TypeError: another type, a subclass (its forward may do more than a product), a layer with hooks or a
+                patched forward, which this one would lose, or a weight that is no Parameter or not floating.
         """
         self = cls._around(linear)
         self._add_adapter(r, routing, frozen_routing, scaling, dropout_p, adapter_dtype, backend)
