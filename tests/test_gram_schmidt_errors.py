@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from orthonormal import backends
@@ -76,6 +78,18 @@ def test_bad_arguments(device, function, name, wrong, error, message):
     raises_and_changes_nothing(lambda: function(**inputs), inputs.values(), error, f"{name}(: |=).*{message}|{message}")
     with pytest.raises(error, match=name):
         function(**inputs)
+
+
+@pytest.mark.parametrize("name", ["V", "against"])
+def test_layouts_that_are_not_strided_are_named(device, name):
+    inputs = make_inputs((2,), D, R, k=K, device=device)
+    wrong = {**inputs, name: inputs[name].to_sparse()}
+    for function in (gram_schmidt, orthonormal_basis):
+        with pytest.raises(TypeError, match=f"^{name}: got layout torch.sparse_coo, expected torch.strided$"):
+            function(**wrong)
+    place = "matrices[1]" if name == "V" else "against[1]"
+    with pytest.raises(TypeError, match=rf"^{re.escape(place)}: got layout torch.sparse_coo, expected torch.strided$"):
+        gram_schmidt_foreach([inputs["V"], wrong["V"]], [None, wrong["against"]])
 
 
 @pytest.mark.parametrize(("wrong", "message"), OF_DEFICIENT)

@@ -114,6 +114,28 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls CSR a beta
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_layouts_that_are_not_strided_are_named(device, layout):
+    """Each tensor alone; the weight, lora_A, lora_B and bias also of a plain layer, which is checked another way."""
+    whole, bank = good(device), make_inputs(bank=2, device=device)
+    plain = {k: whole[k] for k in ("x", "weight", "lora_A", "lora_B", "bias")}
+    delta = make_inputs(weight=False, base_output=torch.float32, device=device)
+    calls = [(routed_lora_linear, inputs) for inputs in (whole, plain, bank)] + [(routed_lora_delta, delta)]
+    tried = 0
+    for fn, inputs in calls:
+        inputs = {k: v for k, v in inputs.items() if fn is routed_lora_linear or k not in ("weight", "bias")}
+        for name, t in inputs.items():
+            if isinstance(t, torch.Tensor) and (layout is torch.sparse_coo or t.dim() >= 2):
+                wrong = {**inputs, name: t.detach().to_sparse(layout=layout)}
+                with pytest.raises(TypeError, match=f"^{name}: got layout {layout}, expected torch.strided$"):
+                    fn(**wrong)
+                tried += 1
+    assert tried >= (25 if layout is torch.sparse_coo else 15)
+    with pytest.raises(TypeError, match=f"^weight: got layout {layout}, expected torch.strided$"):
+        merge_routed_lora(plain["weight"].to_sparse(layout=layout), plain["lora_A"], plain["lora_B"])
+
+
 def raises_and_changes_nothing(fn, inputs, error, message):
     state = torch.get_rng_state()
     present = [t for t in tensors_of(inputs) if t.device.type != "meta"]

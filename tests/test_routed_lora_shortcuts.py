@@ -138,6 +138,7 @@ CHANGES = {
     "wider": lambda t: t.new_empty(*t.shape, 1),
     "longer": lambda t: t.new_empty(t.shape[0] + 1, *t.shape[1:]),
     "transposed": lambda t: t.mT if t.dim() == 2 else t,
+    "sparse": lambda t: torch.sparse_coo_tensor(size=t.shape, device=t.device, check_invariants=False),
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
 }
 OPTIONS = ("routing", "frozen_routing", "routing_index", "gate", "base_output")

@@ -7,6 +7,24 @@ _ARGUMENTS = mutants_of(
     "arguments",
     ("tests/test_routed_lora_errors.py", "tests/test_routed_lora_dropout.py", "tests/test_routed_lora_options.py"),
     [
+        (
+            "layout-unchecked",
+            "a sparse tensor is not refused",
+            "    if t.layout is not torch.strided:",
+            "    if False:",
+        ),
+        (
+            "layout-at-a-glance",
+            "a sparse lora_A passes at a glance",
+            "        and A.layout is B.layout is W.layout is torch.strided\n",
+            "        and B.layout is W.layout is torch.strided\n",
+        ),
+        (
+            "layout-of-the-bias",
+            "a sparse bias passes at a glance",
+            "                and bias.layout is torch.strided\n",
+            "",
+        ),
         ("rank-0-passes", "rank 0 is not refused", "if r == 0:", "if r < 0:"),
         (
             "in-features-unchecked",

@@ -15,13 +15,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, t: Any, device: torch.device | None = None, floating: bool = True) -> None:
-    """TypeError unless ``t`` is a (floating-point) tensor, ValueError unless it lies on ``device``."""
+    """TypeError unless ``t`` is a strided (floating-point) tensor, ValueError unless it lies on ``device``."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, expected a Tensor")
     if floating and t.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    check_layout(name, t)
     if device is not None and t.device != device:
         raise ValueError(f"{name}: got device {t.device}, expected {device}, the device of x")
+
+
+def check_layout(name: str, t: Tensor) -> None:
+    """TypeError for a sparse tensor and the like, which kernels cannot read."""
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {t.layout}, expected {torch.strided}")
 
 
 def check_shape(name: str, t: Tensor, expected: tuple[Any, ...], meaning: str) -> None:
@@ -83,10 +90,17 @@ def _is_right(x: Tensor, j: Projection) -> bool:
         and W.dtype == x.dtype
         and A.dtype in DTYPES
         and B.dtype in DTYPES
+        and A.layout is B.layout is W.layout is torch.strided
         and A.device == B.device == W.device == device
         and (
             bias is None
-            or (isinstance(bias, Tensor) and bias.shape == (N,) and bias.dtype in DTYPES and bias.device == device)
+            or (
+                isinstance(bias, Tensor)
+                and bias.shape == (N,)
+                and bias.dtype in DTYPES
+                and bias.layout is torch.strided
+                and bias.device == device
+            )
         )
     )
 
@@ -158,6 +172,7 @@ def scaling_tensor(scaling: Any, x: Tensor, prefix: str = "") -> Tensor:
                 f"{prefix}scaling: got {scaling.dtype} of shape {tuple(scaling.shape)}, expected a number or a 0-dim "
                 "float tensor"
             )
+        check_layout(f"{prefix}scaling", scaling)
         if scaling.device != x.device and not scaling.is_cpu:
             raise ValueError(f"{prefix}scaling: got device {scaling.device}, expected {x.device} or cpu")
         return scaling
