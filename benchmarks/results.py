@@ -139,12 +139,13 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def against(rows: list[Row], operation: Operation, baseline: str, contestant: str = "ours") -> str:
-    """Time and memory of a contestant over a baseline's at all points that have both: means, extremes, the slower."""
+    """Time and memory of a contestant over a baseline's at all points that have both: means, extremes, the slower.
+    Empty where no point has both."""
     measured = [row for row in rows if row["operation"] == operation.name and "skipped" not in row]
     by_key = {(row["point"]["name"], row["contestant"]): row for row in measured}
     names = [name for name, who in by_key if who == baseline and (name, contestant) in by_key]
     if not names:
-        return f"{contestant} / {baseline}: no point has both"
+        return ""
     mine = {name: by_key[name, contestant] for name in names}
     ratios = {part: {name: row["ratio_to"][baseline][part] for name, row in mine.items()} for part in PARTS}
     medians = {part: [ratio["median"] for ratio in of.values()] for part, of in ratios.items()}

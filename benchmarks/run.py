@@ -128,7 +128,8 @@ def run(arguments: argparse.Namespace, device: torch.device, selections: list[Se
         print()
         for contestant in filter(names.__contains__, operation.ours):
             for baseline in (name for name in names if name not in operation.ours):
-                print(results.against(content["rows"], operation, baseline, contestant))
+                if told := results.against(content["rows"], operation, baseline, contestant):
+                    print(told)
     print(f"\nsaved: {path} and {path.with_suffix('.csv').name}")
     return 0
 

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         "selftest", help="parity, fidelity, orthogonality and speed on this machine, in some 20 seconds"
     )
     test.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    test.add_argument("--seconds", type=float, default=20.0, help="after which no timing begins (default: %(default)g)")
     aot.add_arguments(
         commands.add_parser("kernels", help="compile the Triton kernels for GPUs that need not be here, and judge them")
     )
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {arguments.device}: {str(error).splitlines()[0]}")
-    report = selftest(device)
+    report = selftest(device, arguments.seconds)
     print(report)
     return 0 if report.ok else 1
 

@@ -60,7 +60,11 @@ class Info:
         lines += ["", "compiled parts"] + [str(part) for part in self.parts]
         for operation, backends in self.backends.items():
             lines += ["", operation] + [str(backend) for backend in backends]
-        lines += ["", "tables of tiles"] + [str(table) for table in self.tables]
+        if self.tables:
+            lines += ["", "tables of tiles"] + [str(table) for table in self.tables]
+        else:
+            made = "on a GPU `python -m clora_kernels tune` makes one"
+            lines += ["", f"tables of tiles: none in {tables.user_folder()}; {made}"]
         return "\n".join(lines)
 
 
@@ -169,8 +173,7 @@ def _tables() -> list[Availability]:
             reasons = [file.table.stamp.why_not(stamp) for stamp in stamps] or ["its kernels do not run here"]
             problem = "" if "" in reasons else reasons[0]
         found.append(Availability(file.path.name, not problem, problem or str(file.table)))
-    nothing = f"none in {tables.user_folder()}; on a GPU `python -m clora_kernels tune` makes one"
-    return found or [Availability("none", False, nothing)]
+    return found
 
 
 def _dropout_mask() -> list[Availability]:

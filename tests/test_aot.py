@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -31,7 +32,20 @@ def test_declared_kernels_compile_and_show_what_they_must():
     done = run_aot()
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].endswith(" compilations of clora_kernels.kernels, 0 failed")
+    header, *rows, last = done.stdout.splitlines()
+    assert last.endswith(" compilations of clora_kernels.kernels, 0 failed")
+    assert header.split() == [
+        "kernel",
+        "GPU",
+        "dtypes",
+        "registers",
+        "spilled",
+        "shared",
+        *"instructions, buffers, tile".split(),
+    ]
+    of_dtypes = slice(header.index("dtypes"), header.index("registers"))
+    for row in rows:
+        assert re.fullmatch(r"(?:(?:bf|fp|i)\d+ ?)+ *", row[of_dtypes]) and row[of_dtypes.stop :].split()[0].isdigit()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +80,8 @@ def test_reports_show_registers_instructions_and_buffers(fragments):
     assert 32 <= on_80["registers"] <= 255 and 32 <= on_90["registers"] <= 255
     assert on_80["instructions"] == ["mma.sync", "cp.async.cg"]
     assert on_90["instructions"] == ["wgmma.mma_async", "cp.async.cg"]
+    assert on_80["dtypes"] == fragments["good by TMA"][0]["dtypes"] == "bf16"
+    assert fragments["good in fp32"][0]["dtypes"] == "fp32"
     assert on_80["buffers"] == {"x_ptr": 2, "w_ptr": 2}  # one of three stages waits in registers
     assert on_90["buffers"] == {"x_ptr": 3, "w_ptr": 3}
     assert on_80["shared"] == 2 * 2 * 128 * 64 * 2 and on_90["shared"] == 3 * 2 * 128 * 64 * 2

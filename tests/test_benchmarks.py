@@ -246,6 +246,7 @@ def test_results_from_before_there_were_operations_are_read_and_drawn(benchmarks
     assert "ours / peft, 32 points: time, geometric mean: forward 0.880" in results.against(
         content["rows"], operation, "peft"
     )
+    assert results.against(content["rows"], operation, "unsloth") == "", "nothing is said of who was not there"
     assert len(results.table(content["rows"], operation).splitlines()) == len(content["rows"])
     benchmarks("plot").draw(content, tmp_path / "old.png", operation, ["ours"])
     assert (tmp_path / "old.png").stat().st_size > 5000

@@ -229,8 +229,12 @@ def test_a_triton_that_is_not_tested_is_told(version, told, monkeypatch, capsys)
 def test_command_line(capsys, monkeypatch):
     assert main(["info"]) == 0 and capsys.readouterr().out.strip() == str(ck.info())
     failing = type("Report", (), {"ok": False, "__str__": lambda self: "1 failed"})()
-    monkeypatch.setattr("clora_kernels.__main__.selftest", lambda device: failing)
+    asked = []
+    monkeypatch.setattr(
+        "clora_kernels.__main__.selftest", lambda device, seconds: asked.append((device.type, seconds)) or failing
+    )
     assert main(["selftest", "--device", "cpu"]) == 1 and "1 failed" in capsys.readouterr().out
+    assert main(["selftest", "--device", "cpu", "--seconds", "3.5"]) == 1 and asked == [("cpu", 20.0), ("cpu", 3.5)]
     with pytest.raises(SystemExit) as stop:
         main(["selftest", "--device", "nonsense"])
     assert stop.value.code == 2 and "--device nonsense" in capsys.readouterr().err

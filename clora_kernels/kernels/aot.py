@@ -2,9 +2,9 @@
 
     python -m clora_kernels kernels [--package clora_kernels.kernels] [--json]
 
-prints a line for each kernel and architecture: registers, spilled bytes, shared memory, instructions, buffers; and ends
-with status 1 if one fails: it does not compile, spills, needs more shared memory than the chip has, multiplies on sm_90
-without ``wgmma``, reads an operand in its main loop through a single buffer, or rounds fp32 to tf32.
+prints a line for each kernel and architecture: dtypes, registers, spilled bytes, shared memory, instructions, buffers;
+and ends with status 1 if one fails: it does not compile, spills, needs more shared memory than the chip has, multiplies
+on sm_90 without ``wgmma``, reads an operand in its main loop through a single buffer, or rounds fp32 to tf32.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ TENSOR_CORES = INSTRUCTIONS[:2]
 
 @dataclass
 class Report:
-    """One compilation for one architecture. ``failures`` maps each check that failed (compile, shared, spill, wgmma,
-    buffers, tf32) to what was found."""
+    """One compilation for one architecture. ``dtypes``: those of what its pointers point to; ``failures`` maps each
+    check that failed (compile, shared, spill, wgmma, buffers, tf32) to what was found."""
 
     kernel: str
     tile: str
     architecture: int
+    dtypes: str = ""
     failures: dict[str, str] = field(default_factory=dict)
     registers: int = 0
     spilled: int = 0
@@ -72,7 +73,7 @@ def compile_for(compilation: Compilation, architecture: int) -> Any:
 
 def judge(compilation: Compilation, architecture: int) -> Report:
     """Compile, and check what every kernel must show and what this one ``expects``."""
-    report = Report(compilation.name, compilation.tile, architecture)
+    report = Report(compilation.name, compilation.tile, architecture, _dtypes(compilation))
     try:
         kernel = compile_for(compilation, architecture)
     except Exception as error:  # whatever the compiler raises is the finding
@@ -104,6 +105,13 @@ def judge(compilation: Compilation, architecture: int) -> Report:
     if single:
         report.failures["buffers"] = f"a single buffer for {', '.join(sorted(single))} in a loop"
     return report
+
+
+def _dtypes(compilation: Compilation) -> str:
+    """The dtypes of what is pointed to, each once, in the order of the arguments."""
+    kinds = [k for kind in compilation.signature.values() for k in (kind if isinstance(kind, tuple) else (kind,))]
+    found = [re.match(r"(?:\*|tensordesc<)(\w+)", kind) for kind in kinds if isinstance(kind, str)]
+    return " ".join(dict.fromkeys(match[1] for match in found if match))
 
 
 def _argument(name: str, compilation: Compilation) -> str:
@@ -146,12 +154,18 @@ def judge_all(package: str) -> list[Report]:
         return list(pool.map(_judge_declared, [package] * len(work), *zip(*work, strict=True)))
 
 
+HEADER = (
+    f"{'kernel':24} {'GPU':5} {'dtypes':20} {'registers':>9} {'spilled':>7} {'shared':>7}  instructions, buffers, tile"
+)
+
+
 def row(report: Report) -> str:
+    """A line under ``HEADER``."""
     buffers = " ".join(f"{name}:{count}" for name, count in report.buffers.items())
     instructions = ", ".join(report.instructions)
     return (
-        f"{report.kernel:24} sm_{report.architecture} {report.registers:4} registers {report.spilled:5} spilled "
-        f"{report.shared:7} shared  {instructions or '-':40} buffers {buffers or '-'}  [{report.tile}]"
+        f"{report.kernel:24} sm_{report.architecture} {report.dtypes:20} {report.registers:9} {report.spilled:7} "
+        f"{report.shared:7}  {instructions or '-':40} buffers {buffers or '-'}  [{report.tile}]"
     )
 
 
@@ -175,6 +189,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))
     else:
+        print(HEADER)
         for report in reports:
             print(row(report))
             for check, finding in report.failures.items():

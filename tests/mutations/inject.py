@@ -94,4 +94,16 @@ _PLACES = mutants_of(
     ],
 )  # fmt: skip
 
-INJECT = [*_ALL, *_PLACES]
+_HOOKS = mutants_of(
+    "clora_kernels/modules/adapter.py",
+    "adapter",
+    ("tests/test_inject.py",),
+    [
+        ("hooks-lost", "a layer loses the hooks that it had",
+         "why_not = why_not_replaceable(linear)", "why_not = why_not_adaptable(linear)"),
+        ("hooks-of-one-kind-lost", "a layer loses what was to run before its backward",
+         " or module._backward_pre_hooks:", ":"),
+    ],
+)  # fmt: skip
+
+INJECT = [*_ALL, *_PLACES, *_HOOKS]

@@ -2,7 +2,7 @@
 
 from .mutant import mutants_of
 
-_EXPLAIN = ("tests/test_report.py",)
+_EXPLAIN = ("tests/test_report.py", "tests/test_routed_lora_tables.py")
 
 REPORT = [
     *mutants_of(
@@ -26,6 +26,8 @@ REPORT = [
              "Availability(name, name not in missing,", "Availability(name, True,"),
             ("untested-untold", "info does not say that a Triton is not tested",
              'if name == "triton" and (note', 'if not name and (note'),
+            ("no-tables-untold", "info does not say that there are no tables",
+             "        if self.tables:\n", "        if True:\n"),
             ("mask-always-compiled", "explain names a compiled mask that is not there",
              'if extension.has_op("dropout_mask", x.device.type):\n', "if x.device.type:\n"),
         ],

@@ -127,18 +127,6 @@ _ADAPTER = mutants_of(
     _TESTS,
     [
         (
-            "hooks-lost",
-            "a layer loses the hooks that it had",
-            "why_not = why_not_replaceable(linear)",
-            "why_not = why_not_adaptable(linear)",
-        ),
-        (
-            "hooks-of-one-kind-lost",
-            "a layer loses what was to run before its backward",
-            " or module._backward_pre_hooks:",
-            ":",
-        ),
-        (
             "merge-of-a-merge",
             "merging again starts from the merged weight",
             "        if self._merged:\n            self.unmerge()\n        original = self.weight\n",
