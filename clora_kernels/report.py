@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from . import extension
-from .autograd import gram_schmidt, routed_lora
+from .autograd import gram_schmidt, rank1_experts, routed_lora
 from .autograd.dropout_mask import check_mask, dropout_mask
 from .autograd.gram_schmidt.functions import explain_call as explain_gram_schmidt
+from .autograd.rank1_experts.functions import explain_call as explain_rank1_experts
 from .autograd.routed_lora.functions import explain_call
 from .dispatch import routed_lora as routed_lora_dispatch
 from .dispatch.choice import Choice
 from .kernels.declared import untested
 from .kernels.routed_lora import tables
+from .modules.rank1_experts import Rank1ExpertLinear
 from .modules.routed_lora import RoutedLoRALinear
 
 _FUNCTIONS = (
@@ -30,6 +32,8 @@ _FUNCTIONS = (
     dropout_mask,
 )
 _GRAM_SCHMIDT = (gram_schmidt.gram_schmidt, gram_schmidt.gram_schmidt_foreach, gram_schmidt.orthonormal_basis)
+_EXPLAINED = (*_FUNCTIONS, *_GRAM_SCHMIDT, rank1_experts.rank1_experts)
+_MERGED = Choice("aten", "F.linear on the merged weight", "the layer is merged")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def info() -> Info:
     """What is installed, built and available here and, for each thing that is not, why. Prints as a table; never
     raises."""
     parts = [Availability(p.name, p.state == "loaded", f"{p.state}: {p.detail}") for p in extension.status()]
-    backends = {"routed_lora": _routed_lora(), "gram_schmidt": _gram_schmidt(), "dropout_mask": _dropout_mask()}
+    backends = {"routed_lora": _routed_lora(), "gram_schmidt": _gram_schmidt()}
+    backends |= {"rank1_experts": _rank1_experts(), "dropout_mask": _dropout_mask()}
     return Info(_versions(), _devices(), parts, backends, _tables())
 
 
@@ -81,8 +86,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     Args:
         fn: ``routed_lora_linear``, ``routed_lora_linear_group``, ``routed_lora_delta``, ``gram_schmidt``,
-            ``gram_schmidt_foreach``, ``orthonormal_basis`` or ``dropout_mask``, or a :class:`RoutedLoRALinear` with
-            what it would be called with.
+            ``gram_schmidt_foreach``, ``orthonormal_basis``, ``rank1_experts`` or ``dropout_mask``, or a
+            :class:`RoutedLoRALinear` or :class:`Rank1ExpertLinear` with what it would be called with (whose scoring is
+            not asked, and so not checked).
 
     Returns:
         ``backend``, ``strategy`` and ``reason``; prints as a sentence.
@@ -94,11 +100,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         called_with = inspect.signature(fn.forward).bind(*args, **kwargs).arguments
         if fn.merged:
             fn.check_merged_call(called_with.get("gate"), called_with.get("routing_index"))
-            return Choice("aten", "F.linear on the merged weight", "the layer is merged")
+            return _MERGED
         return explain_call(routed_lora.routed_lora_linear, fn.call_arguments(**called_with))
-    if fn not in (*_FUNCTIONS, *_GRAM_SCHMIDT):
-        known = ", ".join(f.__name__ for f in (*_FUNCTIONS, *_GRAM_SCHMIDT))
-        raise TypeError(f"fn: got {fn!r}, expected one of {known} or a RoutedLoRALinear")
+    if isinstance(fn, Rank1ExpertLinear):
+        x = inspect.signature(fn.forward).bind(*args, **kwargs).arguments["x"]
+        fn.check_call(x)
+        return _MERGED if fn.merged else explain_rank1_experts(fn.arguments_without_choice(x))
+    if fn not in _EXPLAINED:
+        known = ", ".join(f.__name__ for f in _EXPLAINED)
+        raise TypeError(f"fn: got {fn!r}, expected one of {known}, a RoutedLoRALinear or a Rank1ExpertLinear")
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     if fn is dropout_mask:
@@ -106,6 +116,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         return _explain_mask(bound.arguments["x"])
     if fn in _GRAM_SCHMIDT:
         return explain_gram_schmidt(fn, bound.arguments)
+    if fn is rank1_experts.rank1_experts:
+        return explain_rank1_experts(bound.arguments)
     return explain_call(fn, bound.arguments)
 
 
@@ -162,6 +174,12 @@ def _backends(compiled: str, native: str) -> list[Availability]:
     return [Availability(name, name not in missing, missing.get(name, reason)) for name, reason in there.items()]
 
 
+def _rank1_experts() -> list[Availability]:
+    found = [Availability("reference", True, "plain PyTorch, which copies the chosen rows; any device")]
+    found += [Availability("aten", True, "ATen, any device")]
+    return found + _compiled("rank1_experts_shrink")
+
+
 def _tables() -> list[Availability]:
     """Each file of tables and, where no device here can use it, why."""
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
@@ -177,9 +195,14 @@ def _tables() -> list[Availability]:
 
 
 def _dropout_mask() -> list[Availability]:
-    found = [Availability("reference", True, "plain PyTorch, any device")]
+    return [Availability("reference", True, "plain PyTorch, any device"), *_compiled("dropout_mask")]
+
+
+def _compiled(operator: str) -> list[Availability]:
+    """Whether an operator is compiled, for each device."""
+    found = []
     for device_type in ("cpu", "cuda"):
-        built = extension.has_op("dropout_mask", device_type)
+        built = extension.has_op(operator, device_type)
         reason = "compiled operator" if built else f"the compiled part {device_type} is not there: see above"
         found.append(Availability(f"native ({device_type})", built, reason))
     return found

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd.gram_schmidt import gram_schmidt
+from .autograd.rank1_experts import rank1_experts
 from .autograd.routed_lora import routed_lora_linear
 from .kernels.cpu_matmul import goes_to_onednn
 from .reference import gram_schmidt as gram_schmidt_reference
-from .testing import assert_fidelity, assert_orthonormal, assert_parity, hard_matrices, mixed_batch
+from .reference import rank1_experts as experts_reference
+from .reference.rank1_experts_samples import make_inputs as experts_inputs
+from .testing import Deviation, assert_fidelity, assert_orthonormal, assert_parity, hard_matrices, mixed_batch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDS = 7
@@ -64,8 +67,8 @@ class SelftestReport:
 
 
 def selftest(device: torch.device, seconds: float = 20.0) -> SelftestReport:
-    """Check routed LoRA and Gram-Schmidt on ``device`` in every 16- and 32-bit dtype, and time them against F.linear
-    and ``torch.linalg.qr``.
+    """Check routed LoRA, Gram-Schmidt and rank-1 experts on ``device`` in every 16- and 32-bit dtype, and time the
+    first two against F.linear and ``torch.linalg.qr``.
 
     A failing check is a line of the report, not an exception; a time is taken of a right result only. Every check is
     made; no further round of timing begins once ``seconds`` have passed.
@@ -132,6 +135,14 @@ def _check(dtype: torch.dtype, device: torch.device) -> list[Case]:
         *cases,
         _case(f"gram_schmidt {short}, hard matrices", partial(_orthogonality, dtype, device)),
         _case(f"gram_schmidt {short}, gradients", partial(_gradients, dtype, device)),
+        *(
+            _case(f"rank1_experts {short}, {name}", partial(_experts, dtype, device, **options))
+            for name, options in (
+                ("a pool by token", {"E": 400}),
+                ("a pool by sample", {"E": 400, "per_sample": True}),
+                ("a small pool", {"E": 12}),
+            )
+        ),
     ]
 
 
@@ -140,9 +151,19 @@ def _fidelity(inputs: dict[str, Any]) -> str:
 
 
 def _parity(inputs: dict[str, Any], dy: Tensor) -> str:
-    deviations = assert_parity(routed_lora_linear, inputs, dy=dy)
+    return _within(assert_parity(routed_lora_linear, inputs, dy=dy))
+
+
+def _within(deviations: dict[str, Deviation]) -> str:
     worst = max(d.frobenius / d.frobenius_bound for d in deviations.values() if d.frobenius_bound)
     return f"y and {len(deviations) - 1} gradients within {worst:.2f} of what rounding explains"
+
+
+def _experts(dtype: torch.dtype, device: torch.device, **options: Any) -> str:
+    S, L, K, N, _ = ODD
+    inputs = experts_inputs((S, L), K, N, k=8, dtype=dtype, experts_dtype=torch.float32, device=device, **options)
+    dy = torch.randn(S, L, N, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    return _within(assert_parity(rank1_experts, inputs, dy=dy, reference=experts_reference))
 
 
 def _orthogonality(dtype: torch.dtype, device: torch.device) -> str:

@@ -7,6 +7,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clora_kernels, m) {
       "gram_schmidt_gradients(Tensor[] dQ, Tensor[] dR, Tensor[] V, Tensor[] P, Tensor[] Q, Tensor[] R, bool need_V, "
       "bool need_P) -> Tensor[]");
   m.def("gram_schmidt_sweeps(Tensor[] V, Tensor[] P, float rank_tol) -> Tensor[]");
+  m.def("rank1_experts_shrink(Tensor big, Tensor experts, Tensor indices) -> Tensor");
+  m.def(
+      "rank1_experts_expand_(Tensor(a!) y, Tensor small, Tensor experts, Tensor indices, Tensor? base) -> ()");
+  m.def("rank1_experts_order(Tensor indices, SymInt experts) -> (Tensor, Tensor)");
+  m.def(
+      "rank1_experts_reduce_(Tensor(a!) out, Tensor small, Tensor big, Tensor indices, Tensor order, Tensor starts) -> "
+      "()");
   m.def("routed_lora_few_rows(Tensor dy, Tensor weight, Tensor dx) -> Tensor");
   m.def("routed_lora_fold(Tensor small, Tensor scale, Tensor like) -> Tensor");
   m.def("routed_lora_shrink(Tensor big, Tensor small, Tensor? seed, Tensor? threshold) -> Tensor");

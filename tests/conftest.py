@@ -95,7 +95,7 @@ def mask_path(request: pytest.FixtureRequest, device: torch.device, monkeypatch:
     """Runs a test with the compiled operators and on plain PyTorch alone, as where nothing is compiled."""
     if request.param == "plain":
         monkeypatch.setattr(extension, "has_op", lambda name, device_type: False)
-        monkeypatch.setattr(extension, "_warned", {"dropout_mask", "routed_lora", "gram_schmidt"})
+        monkeypatch.setattr(extension, "_warned", {"dropout_mask", "routed_lora", "gram_schmidt", "rank1_experts"})
     elif not extension.has_op("dropout_mask", device.type):
         pytest.skip(f"the dropout mask is not compiled for {device.type}: {extension.status()}")
     return request.param

@@ -16,6 +16,7 @@ from clora_kernels import (
     gram_schmidt,
     gram_schmidt_foreach,
     orthonormal_basis,
+    rank1_experts,
     routed_lora_linear,
     routed_lora_linear_group,
 )
@@ -29,6 +30,7 @@ MISSED = {
     "matrix": ("gram_schmidt", gram_schmidt, (V,)),
     "list": ("gram_schmidt", gram_schmidt_foreach, ([V, V[:5]],)),
     "basis": ("gram_schmidt", orthonormal_basis, (V,)),
+    "experts": ("rank1_experts", rank1_experts, (X, A, torch.randn(4, 6), torch.tensor([[0, 3], [1, 1]]))),
 }
 
 
@@ -62,7 +64,7 @@ def test_it_warns_once_at_the_line_of_the_user(name, compiled, nothing_compiled)
 
 def test_each_operation_warns_and_a_caller_can_make_it_an_error(nothing_compiled):
     told = warned(lambda: [fn(*args) for _, fn, args in MISSED.values()])
-    assert [str(w.message).split()[4] for w in told] == ["routed_lora", "gram_schmidt"]
+    assert [str(w.message).split()[4] for w in told] == ["routed_lora", "gram_schmidt", "rank1_experts"]
     extension._warned.clear()
     with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="no compiled gram_schmidt"):
         warnings.simplefilter("error")

@@ -129,13 +129,21 @@ def test_explain_a_merged_layer():
 def test_selftest_passes_here_and_fails_when_the_operation_is_wrong(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = selftest(device, seconds=300)
-    assert report.ok and len(report.cases) == 24 and len(report.ratios) == 6, str(report)
+    assert report.ok and len(report.cases) == 33 and len(report.ratios) == 6, str(report)
     assert all(ratio > 0 for ratio in report.ratios.values())
     right = ck.routed_lora_linear
     monkeypatch.setattr("clora_kernels.selftest.routed_lora_linear", lambda *a, **k: right(*a, **{**k, "scaling": 0.8}))
     wrong = selftest(device)
-    assert [case.ok for case in wrong.cases] == 3 * ([False] * 6 + [True] * 2) and not wrong.ratios
+    assert [case.ok for case in wrong.cases] == 3 * ([False] * 6 + [True] * 5) and not wrong.ratios
     assert "18 failed" in str(wrong)
+
+
+def test_selftest_fails_when_rank1_experts_are_wrong(monkeypatch):
+    right = ck.rank1_experts
+    monkeypatch.setattr("clora_kernels.selftest.rank1_experts", lambda **k: right(**{**k, "scaling": 1.75}))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cases = [case for case in _check(dtype, torch.device("cpu")) if "experts" in case.name]
+        assert len(cases) == 3 and not any(case.ok for case in cases)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ projection; one that is not wanted is an empty tensor.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
 
@@ -21,9 +20,10 @@ from .. import extension
 from ..kernels.routed_lora import aten, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
 from ..kernels.routed_lora.tables import Table, call_of, table_of
-from ..library import PLAIN_TYPES, define_operator, refuse_forward_mode_below_autograd, without_autocast
+from ..library import define_operator, refuse_forward_mode_below_autograd, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
+from .indices import bounded, check_range
 
 
 def _primitives(backend: str) -> Primitives:
@@ -128,30 +128,15 @@ def _why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | No
 
 
 def check_index(j: Projection, prefix: str = "") -> None:
-    """IndexError for a routing_index outside the bank. On a GPU this would sync, so it is done in checked mode
-    alone. An index without values (fake tensors, tracers) is checked when the operator runs."""
-    index = j.routing_index
-    if index is None or not index.numel():
-        return
-    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # vmap batches no nonzero, and needs none
-        index = torch._C._functorch.get_unwrapped(index)
-    if type(index) not in PLAIN_TYPES:
-        return
-    if not index.is_cpu and os.environ.get("CLORA_CHECK_INDICES") != "1":
-        return
-    T = j.routing.shape[0]
-    bad = ((index < 0) | (index >= T)).nonzero()
-    if len(bad):
-        position = bad[0].tolist()
-        got = int(index[tuple(position)])
-        raise IndexError(f"{prefix}routing_index{position}: got {got}, expected 0 <= index < {T}")
+    """IndexError for a routing_index outside the bank."""
+    if j.routing_index is not None:
+        check_range(f"{prefix}routing_index", j.routing_index, j.routing.shape[0])
 
 
 def _in_bounds(j: Projection) -> Projection:
-    """An index that is not checked must at least not read outside the bank."""
     if j.routing_index is None or j.routing_index.is_cpu:
         return j
-    return j._replace(routing_index=j.routing_index.clamp(0, j.routing.shape[0] - 1))
+    return j._replace(routing_index=bounded(j.routing_index, j.routing.shape[0]))
 
 
 def pack_projections(projections: Sequence[Projection]) -> tuple[list[Tensor], list[bool]]:
@@ -198,8 +183,8 @@ def run_backward(
         if backend == "native":
             dx, of_projections = layer.backward(dys[0], x, projections[0], kept[0], need_x, needs[0], dtype)
         else:
-            bounded = [_in_bounds(j) for j in projections]
-            dx, of_projections = backward(_primitives(backend), dys, x, bounded, kept, need_x, needs, dtype)
+            inside = [_in_bounds(j) for j in projections]
+            dx, of_projections = backward(_primitives(backend), dys, x, inside, kept, need_x, needs, dtype)
     return [dx] + [g for of_one in of_projections for g in of_one]
 
 

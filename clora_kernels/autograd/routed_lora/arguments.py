@@ -14,15 +14,16 @@ from ...kernels.routed_lora.algebra import Projection
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensor(name: str, t: Any, device: torch.device | None = None, floating: bool = True) -> None:
-    """TypeError unless ``t`` is a strided (floating-point) tensor, ValueError unless it lies on ``device``."""
+def check_tensor(name: str, t: Any, device: torch.device | None = None, floating: bool = True, of: str = "x") -> None:
+    """TypeError unless ``t`` is a strided (floating-point) tensor, ValueError unless it lies on ``device``, that of
+    ``of``."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, expected a Tensor")
     if floating and t.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {t.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     check_layout(name, t)
     if device is not None and t.device != device:
-        raise ValueError(f"{name}: got device {t.device}, expected {device}, the device of x")
+        raise ValueError(f"{name}: got device {t.device}, expected {device}, the device of {of}")
 
 
 def check_layout(name: str, t: Tensor) -> None:
