@@ -2,6 +2,7 @@
 
 from .autograd.dropout_mask import dropout_mask
 from .autograd.gram_schmidt import OrthonormalBasis, gram_schmidt, gram_schmidt_foreach, orthonormal_basis
+from .autograd.rank1_experts import gather_rank1_experts, merge_rank1_experts, rank1_experts
 from .autograd.routed_lora import (
     RoutedLoRA,
     merge_routed_lora,
@@ -10,6 +11,7 @@ from .autograd.routed_lora import (
     routed_lora_linear_group,
 )
 from .modules.inject import InjectReport, extract, freeze_base, inject, merge_all, to_lora, unmerge_all
+from .modules.rank1_experts import ProductKeyScores, Rank1ExpertLinear
 from .modules.routed_lora import RoutedLoRAFusedLinear, RoutedLoRALinear
 from .reference.gram_schmidt import GramSchmidtResult
 from .report import explain, info
@@ -19,6 +21,8 @@ __all__ = [
     "GramSchmidtResult",
     "InjectReport",
     "OrthonormalBasis",
+    "ProductKeyScores",
+    "Rank1ExpertLinear",
     "RoutedLoRA",
     "RoutedLoRAFusedLinear",
     "RoutedLoRALinear",
@@ -26,13 +30,16 @@ __all__ = [
     "explain",
     "extract",
     "freeze_base",
+    "gather_rank1_experts",
     "gram_schmidt",
     "gram_schmidt_foreach",
     "info",
     "inject",
     "merge_all",
+    "merge_rank1_experts",
     "merge_routed_lora",
     "orthonormal_basis",
+    "rank1_experts",
     "routed_lora_delta",
     "routed_lora_linear",
     "routed_lora_linear_group",

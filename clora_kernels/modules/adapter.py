@@ -92,7 +92,7 @@ class AdapterLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw weight and bias as nn.Linear does and start the adapter anew: what is called after ``to_empty``."""
         super().reset_parameters()
-        if self._adapter_names():  # nn.Linear's constructor comes here before there is one
+        if self._adapter_tensors():  # nn.Linear's constructor comes here before there is one
             self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -197,15 +197,16 @@ class AdapterLinear(nn.Linear):
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters: what an optimiser of this layer should get."""
-        return (self.get_parameter(k) for k in self._adapter_names() if k in self._parameters)
+        return (t for t in self._adapter_tensors().values() if isinstance(t, nn.Parameter))
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors by name, detached, sharing memory."""
-        return {k: getattr(self, k).detach() for k in self._adapter_names()}
+        return {k: t.detach() for k, t in self._adapter_tensors().items()}
 
-    def _adapter_names(self) -> list[str]:
-        names = [*self._parameters, *self._buffers]
-        return [k for k in names if k not in ("weight", "bias") and getattr(self, k) is not None]
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in ``state_dict``. A subclass adds those of modules that it owns."""
+        own = {**self._parameters, **self._buffers}
+        return {k: t for k, t in own.items() if k not in ("weight", "bias") and t is not None}
 
     def check_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raise as :meth:`load_adapter_state_dict` would; change nothing."""
@@ -242,7 +243,7 @@ class AdapterLinear(nn.Linear):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
@@ -250,15 +251,18 @@ class AdapterLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        tensors = {prefix + k: t for k, t in self._adapter_tensors().items()}
         if self._merged:
+            state_dict.update(tensors)
             error_msgs.append(f"{prefix[:-1] or 'layer'} is merged: call unmerge() before loading")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        adapter = {prefix + k for k in self._adapter_names()}
+        adapter = tensors.keys()
         if not adapter & state_dict.keys() and not any(t.is_meta for t in self.adapter_state_dict().values()):
             missing_keys[:] = [k for k in missing_keys if k not in adapter]
+            state_dict.update(tensors)  # modules of the adapter look for theirs next
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -73,7 +73,7 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
 def _linear_layers(model: nn.Module) -> str:
     if why_not_adaptable(model) is None:
         return "which is itself a linear layer and can only be swapped within a model"
-    linear = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
+    linear = [name for name, module, _ in _children(model) if why_not_adaptable(module) is None]
     return f"linear layers are {', '.join(linear[:10])}{', ...' if len(linear) > 10 else ''}" if linear else "none"
 
 
@@ -119,7 +119,8 @@ def merge_all(model: nn.Module, backup: str | None = "device") -> list[str]:
             which keeps nothing and cannot be undone.
 
     Returns:
-        The names of the layers. They compute in eval mode alone; a merged layer in training mode raises.
+        The names of the layers. They compute in eval mode alone; a merged layer in training mode raises. One of rank-1
+        experts computes those it used most, whatever its input would choose: see its ``merge``.
 
     Raises:
         ValueError: no adapted layer; an unknown backup; a layer with a bank of routings; with a backup other than
@@ -177,10 +178,10 @@ def to_lora(model: nn.Module) -> dict[str, Tensor]:
         ``clora_kernels.integrations.peft.save_pretrained`` writes that too.
 
     Raises:
-        ValueError: no routed LoRA layer, or one with a bank of routings; RuntimeError: one that was merged with
-            backup=None; the model is as it was.
+        ValueError: no routed LoRA layer, one with a bank of routings, or an adapter that is no LoRA, as where the input
+            chooses experts; RuntimeError: one that was merged with backup=None; the model is as it was.
     """
-    layers = {name: layer for name, layer in _adapted(model).items() if isinstance(layer, RoutedLoRALinear)}
+    layers = _routed(model)
     for layer in layers.values():
         layer.check_mergeable()
         layer.check_restorable()
@@ -193,15 +194,26 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`to_lora` returns, for a model that stays as it is: with its routings, in training or merged.
 
     Raises:
-        ValueError: no adapted layer, or one with a bank of routings.
+        ValueError: no adapted layer, one with a bank of routings, or an adapter that is no LoRA.
     """
     state: dict[str, Tensor] = {}
-    for name, layer in _adapted(model).items():
-        if isinstance(layer, RoutedLoRALinear):
-            lora_A, lora_B = layer.lora_tensors()
-            state[f"base_model.model.{name}.lora_A.weight"] = lora_A
-            state[f"base_model.model.{name}.lora_B.weight"] = lora_B
+    for name, layer in _routed(model).items():
+        lora_A, lora_B = layer.lora_tensors()
+        state[f"base_model.model.{name}.lora_A.weight"] = lora_A
+        state[f"base_model.model.{name}.lora_B.weight"] = lora_B
     return state
+
+
+def _routed(model: nn.Module) -> dict[str, RoutedLoRALinear]:
+    layers = {}
+    for name, layer in _adapted(model).items():
+        if not isinstance(layer, RoutedLoRALinear):
+            raise ValueError(
+                f"model: got a {type(layer).__name__} at {name!r}, which no LoRA equals, expected RoutedLoRALinear "
+                "layers alone; extract() takes adapters out, a layer's fold() puts one into its weight"
+            )
+        layers[name] = layer
+    return layers
 
 
 def _check_untied(model: nn.Module, layers: dict[str, AdapterLinear], backup: str | None) -> None:
@@ -233,11 +245,15 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, module, parent) of everything below ``model``, shared modules once for each path to them."""
-    for parent_name, parent in list(model.named_modules(remove_duplicate=False)):
+    """(path, module, parent) of everything below ``model`` but the parts of adapters, shared modules once for each path
+    to them."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." if name else "" for name, module in modules if isinstance(module, AdapterLinear))
+    for parent_name, parent in modules:
         for child_name, child in list(parent._modules.items()):
-            if child is not None:
-                yield (f"{parent_name}.{child_name}" if parent_name else child_name), child, parent
+            path = f"{parent_name}.{child_name}" if parent_name else child_name
+            if child is not None and not path.startswith(inside):
+                yield path, child, parent
 
 
 def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[str]]:
@@ -250,7 +266,8 @@ def _match(model: nn.Module, targets: Targets) -> tuple[list[tuple[str, nn.Modul
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(f"targets: got {targets!r}, expected a regular expression: {error}") from None
-        named = {pattern.pattern: [c for c in children if not c[1]._modules and pattern.fullmatch(c[0])]}
+        leaves = [c for c in children if not c[1]._modules or isinstance(c[1], AdapterLinear)]
+        named = {pattern.pattern: [c for c in leaves if pattern.fullmatch(c[0])]}
     elif not isinstance(targets, Iterable):
         raise TypeError(f"targets: got {type(targets).__name__}, expected names or one regular expression")
     else:
