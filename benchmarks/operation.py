@@ -56,4 +56,4 @@ class Operation:
 
     @property
     def memory_label(self) -> str:
-        return "peak" if self.memory_above is None else f"peak above {self.yardstick_label}"
+        return "peak" if self.memory_above is None else f"peak above {self.memory_above}"

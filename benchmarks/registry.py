@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import gram_schmidt
+import rank1_experts
 import routed_lora
 import torch
 from operation import Operation
 
-OPERATIONS = {operation.name: operation for operation in (routed_lora.OPERATION, gram_schmidt.OPERATION)}
+OPERATIONS = {o.name: o for o in (routed_lora.OPERATION, gram_schmidt.OPERATION, rank1_experts.OPERATION)}
 CONTESTANTS = list(dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.builders))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Points and contestants of an operation, its yardstick first."""
+    """Points and contestants of an operation: its yardstick first, and above whose memory others are reported."""
 
     operation: Operation
     points: list[Any]
@@ -51,7 +52,8 @@ def select(
         else:
             who = [name for name in wanted if name in operation.builders]
         if some and who:
-            selections.append(Selection(operation, some, list(dict.fromkeys([operation.yardstick, *who]))))
+            always = [operation.yardstick, *filter(None, [operation.memory_above])]
+            selections.append(Selection(operation, some, list(dict.fromkeys([*always, *who]))))
     if not selections:
         raise ValueError(f"contestants: got {contestants!r}, none of the operation that has the points {points!r}")
     return selections

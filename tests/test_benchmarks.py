@@ -76,7 +76,8 @@ def test_names_choose_operations_points_and_contestants(benchmarks):
         }
 
     everything = chosen()
-    assert list(everything) == ["routed_lora", "gram_schmidt"] and set(chosen(op="gram_schmidt")) == {"gram_schmidt"}
+    assert list(everything) == ["routed_lora", "gram_schmidt", "rank1_experts"]
+    assert set(chosen(op="gram_schmidt")) == {"gram_schmidt"}
     for name, operation in registry.OPERATIONS.items():
         points, contestants = everything[name]
         assert points == [point.name for point in operation.cpu_points] and contestants == list(operation.builders)
