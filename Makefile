@@ -4,10 +4,11 @@
 #   VENV=       no environment and no download: run on the packages $(PYTHON) already has (torch must be among them);
 #               the extension is built in the source tree.      make test VENV=
 #   PYTHON=...  the interpreter to start from (python3)
-#   SEEDS=...   seeds of `make demo` (5)
+#   SEEDS=...   seeds of `make demo` (5), REPEATS=... training runs of each (1)
 PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 5
+REPEATS ?= 1
 TESTS ?= tests
 
 # As many processes as there are cores, where pytest-xdist is installed.
@@ -28,7 +29,7 @@ endif
 .PHONY: demo test bench lint mutants selftest setup clean
 
 demo: setup
-	SEEDS=$(SEEDS) $(PY) examples/compare_on_digits.py
+	SEEDS=$(SEEDS) REPEATS=$(REPEATS) $(PY) examples/compare_on_digits.py
 
 test: setup
 	$(PY) -m pytest $(WORKERS) $(TESTS)

@@ -1,4 +1,4 @@
-"""C-LoRA against LoRA on scikit-learn's digits: python examples/compare_on_digits.py [--seeds N] [--tune]
+"""C-LoRA against LoRA on scikit-learn's digits: python examples/compare_on_digits.py [--seeds N] [--repeats R] [--tune]
 
 A small vision transformer, pretrained on four digits, learns the other six two at a time; then it is asked about all
 six. Prints a table, proves the accelerated layers on that very model, and writes pictures and numbers into a folder.
@@ -26,7 +26,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from digits import HIDDEN, Run, Settings, Stream, batches, classify, learn, make_optimizer, make_stream, run
+from digits import HIDDEN, Run, Settings, Stream, batches, classify, learn, make_optimizer, make_stream, mean_of, run
 from digits import StepMeter as Meter
 
 from clora_kernels.continual import CLoRA, CosineHead, SequentialLoRA, vit_targets
@@ -71,9 +71,9 @@ CONTESTANTS = {
 }
 
 
-def run_contestant(stream: Stream, name: str, settings: Settings) -> Run:
+def run_contestant(stream: Stream, name: str, settings: Settings, repeat: int = 0) -> Run:
     contestant = CONTESTANTS[name]
-    return run(stream, contestant.attach, settings, contestant.joint)
+    return run(stream, contestant.attach, settings, contestant.joint, repeat)
 
 
 def in_parallel(pool: Executor, what: str, jobs: dict[Any, tuple]) -> dict[Any, Any]:
@@ -207,19 +207,24 @@ def drift(runs: list[Run]) -> str:
     )
 
 
-def compare(pool: Executor, seeds: range, out: Path) -> None:
-    """Run every contestant on every seed; print and write tables, pictures and numbers."""
+def compare(pool: Executor, seeds: range, repeats: int, out: Path) -> None:
+    """Run every contestant on every seed, those that train as often as ``repeats`` says; print and write tables,
+    pictures and numbers."""
     settings = tuned_settings()
     streams = make_streams(pool, seeds)
     # The longest first, so that no worker is left with them at the end.
     names = sorted(CONTESTANTS, key=lambda n: (not CONTESTANTS[n].joint, not CONTESTANTS[n].grid))
     jobs = {
-        (name, seed): (run_contestant, stream, name, settings.get(name))
+        (name, seed, repeat): (run_contestant, stream, name, settings.get(name), repeat)
         for name in names
         for seed, stream in streams.items()
+        for repeat in range(repeats if CONTESTANTS[name].grid else 1)
     }
     done = in_parallel(pool, "learning", jobs)
-    runs = {name: [done[name, seed] for seed in seeds] for name in CONTESTANTS}
+    runs = {
+        name: [mean_of([done[name, seed, i] for i in range(repeats) if (name, seed, i) in jobs]) for seed in seeds]
+        for name in CONTESTANTS
+    }
     accuracies = {name: [r.accuracies for r in method_runs] for name, method_runs in runs.items()}
     numbers = {
         name: [{"seed": s, **summary(a)} for s, a in zip(seeds, of, strict=True)] for name, of in accuracies.items()
@@ -229,7 +234,7 @@ def compare(pool: Executor, seeds: range, out: Path) -> None:
     chosen = {name: f"{s.optimizer} {s.lr:g}, head {s.head_scale:g}" for name, s in settings.items()}
     text = "\n\n".join(
         [
-            f"{len(seeds)} seeds, mean ± standard deviation, %",
+            f"{len(seeds)} seeds{f' of {repeats} runs each' if repeats > 1 else ''}, mean ± standard deviation, %",
             table(accuracies, {"tuned": chosen, **columns}),
             "the same class orders against each other, mean ± standard error, points (positive is better)",
             paired_table(accuracies, LORA),
@@ -240,7 +245,9 @@ def compare(pool: Executor, seeds: range, out: Path) -> None:
     )
     print(f"\n{text}\n")
     prove_parity(streams[seeds[0]])
-    (out / "digits.json").write_text(json.dumps({"versions": versions(), "runs": numbers}, indent=1) + "\n")
+    (out / "digits.json").write_text(
+        json.dumps({"versions": versions(), "repeats": repeats, "runs": numbers}, indent=1) + "\n"
+    )
     (out / "digits.md").write_text(text + "\n")
     plot_accuracy_over_tasks(accuracies, out / "digits_accuracy.png")
     plot_forgetting_against_learning(accuracies, out / "digits_forgetting.png")
@@ -253,12 +260,21 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=seeds, help="how many seeds, from 0 (SEEDS, else 5; 10 to publish)"
     )
+    repeats = os.environ.get("REPEATS", "1")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=repeats,
+        help="training runs of each seed, averaged (REPEATS, else 1; 5 to publish)",
+    )
     parser.add_argument("--tune", action="store_true", help=f"find the settings, write {TUNED.name}, stop")
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "digits", help="folder for the results")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
     if not 1 <= args.seeds <= TUNING_SEEDS[0]:
         parser.error(f"--seeds: got {args.seeds}, expected 1 to {TUNING_SEEDS[0]}: from there on seeds are for tuning")
+    if args.repeats < 1:
+        parser.error(f"--repeats: got {args.repeats}, expected at least 1")
     if args.workers < 1:
         parser.error(f"--workers: got {args.workers}, expected at least 1")
     try:
@@ -276,7 +292,7 @@ def main() -> None:
         if args.tune:
             tune(pool)
         else:
-            compare(pool, range(args.seeds), args.out)
+            compare(pool, range(args.seeds), args.repeats, args.out)
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -146,10 +146,10 @@ class Run(NamedTuple):
 MakeMethod = Callable[[nn.Module], ContinualMethod]
 
 
-def run(stream: Stream, make_method: MakeMethod, settings: Settings, joint: bool = False) -> Run:
+def run(stream: Stream, make_method: MakeMethod, settings: Settings, joint: bool = False, repeat: int = 0) -> Run:
     """Learn the tasks of ``stream`` one after the other and test after each; ``joint``: instead of going on, start anew
-    each time, with the data of all tasks so far."""
-    torch.manual_seed(stream.seed)
+    each time, with the data of all tasks so far. ``repeat``: which draw of adapters, heads and batches."""
+    torch.manual_seed(stream.seed + 1000 * repeat)
     accuracy, masked = torch.full((TASKS, TASKS), torch.nan), torch.zeros(TASKS)
     meter, reports, trainable = StepMeter(), [], 0
     for i in range(TASKS):
@@ -173,6 +173,19 @@ def run(stream: Stream, make_method: MakeMethod, settings: Settings, joint: bool
         trainable = max(trainable, report.trainable)
     samples = torch.tensor([len(stream.test.of(classes).labels) for classes in stream.tasks])
     return Run(TaskAccuracies(accuracy, masked, samples), reports, trainable, meter.median(), meter.bytes)
+
+
+def mean_of(runs: list[Run]) -> Run:
+    """Several runs of a method on one stream as one: their mean accuracies, the median step, the highest peak."""
+    seen = [r.accuracies for r in runs]
+    accuracy, masked = (torch.stack([getattr(a, k) for a in seen]).mean(0) for k in ("accuracy", "task_masked"))
+    seconds = [r.step_seconds for r in runs if r.step_seconds is not None]
+    peaks = [r.step_bytes for r in runs if r.step_bytes is not None]
+    return runs[0]._replace(
+        accuracies=TaskAccuracies(accuracy, masked, seen[0].samples),
+        step_seconds=statistics.median(seconds) if seconds else None,
+        step_bytes=max(peaks, default=None),
+    )
 
 
 def learn(

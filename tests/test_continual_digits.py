@@ -81,16 +81,33 @@ def test_every_contestant_runs_and_repeats_itself(examples, short) -> None:
     assert drifts[0] is None and all(0 < d < 1 for d in drifts[1:])
 
 
+def test_runs_of_one_seed_are_averaged(examples, short) -> None:
+    compare, digits = examples
+    settings = digits.Settings("sgd", 0.05, 10.0)
+    one, other = (compare.run_contestant(short, compare.CLORA, settings, repeat) for repeat in (0, 1))
+    assert not torch.equal(one.accuracies.accuracy, other.accuracies.accuracy), "another draw"
+    mean = digits.mean_of([one, other])
+    for name in ("accuracy", "task_masked"):
+        a, b, both = (getattr(run.accuracies, name) for run in (one, other, mean))
+        torch.testing.assert_close(both, (a + b) / 2, equal_nan=True)
+    assert min(one.step_seconds, other.step_seconds) <= mean.step_seconds <= max(one.step_seconds, other.step_seconds)
+    assert mean.step_bytes == max(one.step_bytes, other.step_bytes)
+
+
 def test_the_whole_comparison_writes_what_it_says(examples, short, tmp_path, capsys, monkeypatch) -> None:
     compare, _ = examples
     monkeypatch.setattr(compare, "make_stream", lambda seed: dataclasses.replace(short, seed=seed))
     with ThreadPoolExecutor(1) as pool:
-        compare.compare(pool, range(2), tmp_path)
+        compare.compare(pool, range(2), 2, tmp_path)
     out = capsys.readouterr().out
     for name in compare.CONTESTANTS:
         assert f"| {name} " in out
     published = (EXAMPLES / "results" / "digits.md").read_text()
-    assert "2 seeds decide nothing" in out and out.count("C-LoRA over tuned LoRA: average") == 2
+    assert (
+        "2 seeds of 2 runs each" in out
+        and "2 seeds decide nothing" in out
+        and out.count("C-LoRA over tuned LoRA: average") == 2
+    )
     assert next(line for line in published.splitlines() if line.startswith("C-LoRA over tuned LoRA: ")) in out
     assert "the earlier tasks' path moved by" in out
     for dtype in ("float32", "bfloat16"):
