@@ -11,10 +11,16 @@ from .gram_schmidt_calls import CALLS as GS_CALLS
 from .gram_schmidt_native import NATIVE as GS_NATIVE
 from .gram_schmidt_panels import PANELS as GS_PANELS
 from .gram_schmidt_triton import TRITON as GS_TRITON
+from .indices import INDICES
 from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .launch import LAUNCH
 from .mutant import Mutant
+from .rank1_experts import EXPERTS
+from .rank1_experts_calls import CALLS as EXPERT_CALLS
+from .rank1_experts_cuda import CUDA as EXPERTS_CUDA
+from .rank1_experts_modules import EXPERT_MODULES
+from .rank1_experts_native import NATIVE as EXPERTS_NATIVE
 from .report import REPORT
 from .routed_lora_algebra import ALGEBRA
 from .routed_lora_arguments import ARGUMENTS
@@ -46,6 +52,7 @@ MUTANTS: list[Mutant] = [
     *CPU_MATMUL,
     *VIEWS,
     *DISPATCH,
+    *INDICES,
     *AUTOGRAD,
     *EAGER,
     *ARGUMENTS,
@@ -60,6 +67,11 @@ MUTANTS: list[Mutant] = [
     *GS_NATIVE,
     *GS_PANELS,
     *GS_TRITON,
+    *EXPERTS,
+    *EXPERTS_NATIVE,
+    *EXPERTS_CUDA,
+    *EXPERT_CALLS,
+    *EXPERT_MODULES,
     *TRITON_SMALL,
     *TRITON_BIG,
     *TRITON_LINEAR,

@@ -17,7 +17,7 @@ REPORT = [
             ("mask-unchecked", "explain takes for the mask what its call refuses",
              "        check_mask(**bound.arguments)\n", ""),
             ("any-function", "explain takes any function",
-             "    if fn not in (*_FUNCTIONS, *_GRAM_SCHMIDT):\n", "    if fn is None:\n"),
+             "    if fn not in _EXPLAINED:\n", "    if fn is None:\n"),
             ("positions-of-a-layer-lost", "explain forgets what a layer is called with beside x",
              "fn.call_arguments(**called_with)", 'fn.call_arguments(called_with["x"])'),
             ("part-always-there", "info calls every compiled part available",

@@ -233,7 +233,7 @@ _STATE = [
             ("dtype-unchecked", "a layer is made in any dtype",
              "if dtype is not None and dtype not in DTYPES:", "if dtype is not None and not dtype:"),
             ("meta-not-reset", "reset_parameters leaves the adapter as it is",
-             "if self._adapter_names():  #", "if self._adapter_names() and False:  #"),
+             "if self._adapter_tensors():  #", "if self._adapter_tensors() and False:  #"),
             ("parametrized-merged", "a parametrized weight passes for one that can be merged",
              'if "weight" not in self._parameters:', 'if "weight" not in dir(self):'),
             ("merged-in-inference-mode", "a weight merged in inference mode serves no training later",
