@@ -30,12 +30,12 @@ USERS = ["continual", "integrations"]  # of everything below, each on its own
 ENTRIES = ["selftest", "tune", "__main__"]
 RANK = {part: rank for rank, part in enumerate([*PARTS, "users", *ENTRIES])}
 
-OPERATIONS = ["gram_schmidt", "routed_lora"]
+OPERATIONS = ["gram_schmidt", "rank1_experts", "routed_lora"]
 WITHOUT = {"modules": {"gram_schmidt"}}  # it has no parameters
 SHARED = {  # files that serve several operations, or tests, beside the ones that bear an operation's name
     "reference": {"dropout_mask"},
     "kernels": {"dropout_mask", "cpu_matmul", "views", "declared", "aot", "ttgir", "launch"},
-    "dispatch": {"choice"},
+    "dispatch": {"choice", "indices"},
     "autograd": {"dropout_mask"},
     "modules": {"adapter", "inject"},
 }
