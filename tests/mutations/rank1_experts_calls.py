@@ -88,12 +88,6 @@ CALLS = [
             ("base-shape-unchecked", "a base output of another shape passes",
              "    if base_output is not None:\n        check_tensor",
              "    if False:\n        check_tensor"),
-            ("graph-without-gradients", "a graph is kept where nothing learns",
-             "if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):",
-             "if True:"),
-            ("reference-in-autocast", "the reference runs in the dtype of autocast",
-             "        with without_autocast(x):\n            return reference.forward(",
-             "        if True:\n            return reference.forward("),
         ],
     ),
     *mutants_of(
