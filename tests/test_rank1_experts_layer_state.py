@@ -202,7 +202,6 @@ def test_inference_mode_counts_and_merges():
         (torch.tensor(1.0), ValueError, "x: got a 0-dim tensor"),
         ([1.0], TypeError, "x: got list"),
     ],
-    ids=str,
 )
 def test_an_x_that_does_not_fit_is_told_by_call_and_explain(x, error, message):
     layer = expert_layer()

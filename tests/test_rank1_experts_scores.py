@@ -227,7 +227,6 @@ PAIR = (torch.zeros(2, 3, 4, dtype=torch.int64), torch.ones(2, 3, 4))
         ((PAIR[0][..., :3], PAIR[1]), ValueError, r"scoring: got indices of shape \(2, 3, 3\)"),
         ((PAIR[0], PAIR[1][:, 0]), ValueError, r"scoring: got weights of shape \(2, 4\)"),
     ],
-    ids=str,
 )
 def test_scorings_that_return_what_does_not_fit(found, error, message):
     with pytest.raises(error, match=message):

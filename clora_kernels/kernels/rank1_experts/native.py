@@ -2,8 +2,8 @@
 lie, and nothing of size [M, k, n] is made.
 
 Rows may lie apart, their elements not. Sums are fp32 (fp64 for fp64) whatever the dtypes; small operands stay
-unrounded, but where the rows of a sample share their choice, all is bf16 and the processor multiplies that (AVX512-BF16;
-the environment variable ``CLORA_CPU_BF16=0`` switches it off): q and c are rounded to bf16 then.
+unrounded, but where the rows of a sample share their choice, all is bf16 and the processor multiplies that
+(AVX512-BF16; the environment variable ``CLORA_CPU_BF16=0`` switches it off): q and c are rounded to bf16 then.
 """
 
 from __future__ import annotations
