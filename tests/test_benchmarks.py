@@ -80,8 +80,9 @@ def test_names_choose_operations_points_and_contestants(benchmarks):
     assert set(chosen(op="gram_schmidt")) == {"gram_schmidt"}
     for name, operation in registry.OPERATIONS.items():
         points, contestants = everything[name]
-        assert points == [point.name for point in operation.cpu_points] and contestants == list(operation.builders)
-        assert contestants[0] == operation.yardstick
+        assert points == [point.name for point in operation.cpu_points] and set(contestants) == set(operation.builders)
+        assert contestants[0] == operation.yardstick and len(contestants) == len(operation.builders)
+        assert not operation.memory_above or operation.memory_above in contestants[:2]
         quick, fast = chosen(quick=True)[name]
         assert set(quick) == {point.name for point in operation.cpu_points if point.quick}
         assert fast == [name for name in contestants if name not in operation.slow]

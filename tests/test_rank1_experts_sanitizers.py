@@ -37,7 +37,8 @@ def run(frame, folder, csrc=ROOT / "csrc"):
     package = shutil.copytree(ROOT / "clora_kernels", folder / "clora_kernels", ignore=ignored)
     target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu"]
-    sanitizers.build(csrc / "rank1_experts.cpp", target, *OPTIONS, *frame, "-shared", *libraries)
+    rest = str(csrc / "rank1_experts_bf16.cpp")
+    sanitizers.build(csrc / "rank1_experts.cpp", target, rest, *OPTIONS, *frame, "-shared", *libraries)
     return sanitizers.run([str(ROOT / "tests" / "rank1_experts_calls.py"), "compiled", str(CALLS), SEED], folder)
 
 
@@ -49,9 +50,9 @@ def test_random_calls(frame, tmp_path):
 
 def test_a_column_too_many_is_seen(frame, tmp_path):
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    loads, right = csrc / "rank1_experts_blocks.h", "i < count; ++i) values[i] = T::from(from[i]);"
+    loads, right = csrc / "rank1_experts_rows.h", "std::memcpy(values, from, static_cast<size_t>(count)"
     assert loads.read_text().count(right) == 1
-    loads.write_text(loads.read_text().replace(right, right.replace("<", "<=", 1)))
+    loads.write_text(loads.read_text().replace(right, right.replace("(count)", "(count + 1)")))
     done = run(frame, tmp_path, csrc)
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stdout + done.stderr
     assert "load_step" in done.stderr
