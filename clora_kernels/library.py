@@ -65,6 +65,29 @@ def refuse_forward_mode_below_autograd(operation: str, tensors: Iterable[Tensor 
         refuse_forward_mode(operation, tensors)
 
 
+class FirstOrderReverse(torch.autograd.Function):
+    """Says in words that help what the operators do not do: ``UNSUPPORTED``, with a place for that. Forward mode is
+    refused before a Function is asked: Dynamo traces none that defines ``jvp``."""
+
+    UNSUPPORTED: str
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(cls.UNSUPPORTED.format("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
+
+
+class FirstOrderBackward(FirstOrderReverse):
+    """A backward operator as a node of its own, so that a second differentiation fails and says why."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to save: ``backward`` only raises."""
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(cls.UNSUPPORTED.format("double backward"))
+
+
 def below_autograd(operator: Any, *args: Any) -> Any:
     """Call an operator from inside an ``autograd.Function``, whose backward it shares: its own autograd is stepped
     over."""

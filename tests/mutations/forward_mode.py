@@ -1,4 +1,4 @@
-"""Mutants of the refusal of forward mode."""
+"""Mutants of the refusal of what operators do not do: forward mode, vmap, a second differentiation."""
 
 from .mutant import mutants_of
 
@@ -15,6 +15,19 @@ FORWARD_MODE = [
              " and forward_ad.unpack_dual(t).tangent is not None:", ":"),
             ("views-excluded", "inside an operator a tangent cannot be looked at",
              ".remove(torch._C.DispatchKey.ADInplaceOrView)", ""),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/library.py",
+        "first-order",
+        (*_GS, *_ROUTED),
+        [
+            ("vmap-silently", "vmap says nothing of its own",
+             'raise RuntimeError(cls.UNSUPPORTED.format("torch.func.vmap '
+             '(nor jacrev, jacfwd or hessian, which use it)"))', "return None"),
+            ("twice-zero", "a second differentiation gives nothing in place of an error",
+             'raise RuntimeError(cls.UNSUPPORTED.format("double backward"))',
+             "return (None,) * len(ctx.needs_input_grad)"),
         ],
     ),
     *mutants_of(

@@ -126,10 +126,9 @@ CALLS = [
             ("twice-silently", "a second differentiation gives nothing, and says nothing",
              "    if torch.is_grad_enabled():\n",
              "    if False:\n"),
-            ("vmap-silently", "vmap says nothing of its own",
-             '        raise RuntimeError(_unsupported("torch.func.vmap '
-             '(nor jacrev, jacfwd or hessian, which use it)"))',
-             "        return None"),
+            ("operator-exchanged", "the operator's gradients of V and of the bases change places",
+             "return found[:n], found[n:], None, None, None, None",
+             "return found[n:], found[:n], None, None, None, None"),
             ("operator-unneeded", "the operator's needs are those of the first tensor",
              "[t.requires_grad for t in (*V, *against)]",
              "[V[0].requires_grad for t in (*V, *against)]"),

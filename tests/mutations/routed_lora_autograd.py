@@ -74,12 +74,6 @@ _FUNCTION = mutants_of(
             "    if False:\n",
         ),
         (
-            "double-backward-zero",
-            "a second differentiation gives nothing in place of an error",
-            '        raise RuntimeError(_unsupported("double backward"))\n',
-            "        return (None,) * len(ctx.needs_input_grad)\n",
-        ),
-        (
             "operator-without-dx",
             "the operator called directly gives no gradient of x",
             "needed = tuple(t.requires_grad for t in (x, *tensors))",

@@ -15,29 +15,21 @@ from ...dispatch.gram_schmidt import (
     run_forward,
     unpack_bases,
 )
-from ...library import LIBRARY, below_autograd
+from ...library import LIBRARY, FirstOrderBackward, FirstOrderReverse, below_autograd
+
+_UNSUPPORTED = (
+    "gram_schmidt: {} is not supported by the operators; batch dimensions do what vmap would, and "
+    "backend='reference' is plain PyTorch that can be differentiated any number of times"
+)
 
 
-class _FirstOrderReverse(torch.autograd.Function):
-    """Says in words that help what the operators do not do."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(_unsupported("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
-
-
-def _unsupported(what: str) -> str:
-    return (
-        f"gram_schmidt: {what} is not supported by the operators; batch dimensions do what vmap would, and "
-        "backend='reference' is plain PyTorch that can be differentiated any number of times"
-    )
-
-
-class GramSchmidtFunction(_FirstOrderReverse):
+class GramSchmidtFunction(FirstOrderReverse):
     """(given, rank_tol, deficient, backend, *V, *bases) → (*Q, *R, *rank); see ``dispatch.gram_schmidt``.
 
     Saved: V and the bases, which are inputs, Q and R, which are outputs. Nothing else.
     """
+
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(
@@ -73,20 +65,12 @@ class GramSchmidtEagerFunction(torch.autograd.Function):
         return None, None, None, None, *_gradients(ctx, grads)
 
 
-class GramSchmidtBackwardFunction(_FirstOrderReverse):
-    """The backward operator as a node of its own, so that a second differentiation fails and says why."""
+class GramSchmidtBackwardFunction(FirstOrderBackward):
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(given: tuple[bool, ...], needs: tuple[bool, ...], backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(below_autograd(gram_schmidt_backward, *_operator_arguments(given, needs, backend, tensors)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to save: ``backward`` only raises."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise RuntimeError(_unsupported("double backward"))
 
 
 def _operator_arguments(

@@ -18,29 +18,21 @@ from ...dispatch.rank1_experts import (
     run_forward,
 )
 from ...kernels.rank1_experts.algebra import Needs
-from ...library import LIBRARY, below_autograd
+from ...library import LIBRARY, FirstOrderBackward, FirstOrderReverse, below_autograd
+
+_UNSUPPORTED = (
+    "rank1_experts: {} is not supported by the operators; leading dimensions do what vmap would, and "
+    "backend='reference' is plain PyTorch that can be differentiated any number of times"
+)
 
 
-class _FirstOrderReverse(torch.autograd.Function):
-    """Says in words that help what the operators do not do."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(_unsupported("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
-
-
-def _unsupported(what: str) -> str:
-    return (
-        f"rank1_experts: {what} is not supported by the operators; leading dimensions do what vmap would, and "
-        "backend='reference' is plain PyTorch that can be differentiated any number of times"
-    )
-
-
-class Rank1ExpertsFunction(_FirstOrderReverse):
+class Rank1ExpertsFunction(FirstOrderReverse):
     """The arguments of the operator → (y, p); see ``dispatch.rank1_experts``.
 
     Saved: both pools, indices, gates, scaling; x if experts_A learns; p [M, k] if a gradient reads it. No chosen row.
     """
+
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(
@@ -91,20 +83,12 @@ class Rank1ExpertsEagerFunction(torch.autograd.Function):
         return *_gradients(ctx, dy), None, None
 
 
-class Rank1ExpertsBackwardFunction(_FirstOrderReverse):
-    """The backward operator as a node of its own, so that a second differentiation fails and says why."""
+class Rank1ExpertsBackwardFunction(FirstOrderBackward):
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(below_autograd(rank1_experts_backward, *tensors, *rest))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to save: ``backward`` only raises."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise RuntimeError(_unsupported("double backward"))
 
 
 # Function.apply binds defaults through inspect.signature, 20 µs a call where the signature is not at hand.
@@ -167,7 +151,7 @@ def _register() -> None:
         return dexperts, None, dgates
 
     def backward_again(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        raise RuntimeError(_unsupported("double backward"))
+        return Rank1ExpertsBackwardFunction.backward(ctx, *grads)
 
     def register(name: str, *args: Any, **kwargs: Any) -> None:
         torch.library.register_autograd(f"clora_kernels::{name}", *args, **kwargs, lib=LIBRARY)

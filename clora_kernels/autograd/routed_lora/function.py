@@ -19,31 +19,22 @@ from ...dispatch.routed_lora import (
     unpack_projections,
 )
 from ...kernels.routed_lora.algebra import Needs, Projection
-from ...library import LIBRARY, PLAIN_TYPES, below_autograd
+from ...library import LIBRARY, PLAIN_TYPES, FirstOrderBackward, FirstOrderReverse, below_autograd
+
+_UNSUPPORTED = (
+    "routed_lora: {} is not supported by the fused operators; pass backend='reference', plain PyTorch that "
+    "every transform and any number of differentiations can go through"
+)
 
 
-class _FirstOrderReverse(torch.autograd.Function):
-    """Says in words that help what the operators do not do. Forward mode is refused before a Function is asked: Dynamo
-    traces none that defines ``jvp``."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(_unsupported("torch.func.vmap (nor jacrev, jacfwd or hessian, which use it)"))
-
-
-def _unsupported(what: str) -> str:
-    return (
-        f"routed_lora: {what} is not supported by the fused operators; pass backend='reference', plain PyTorch that "
-        "every transform and any number of differentiations can go through"
-    )
-
-
-class RoutedLoRAFunction(_FirstOrderReverse):
+class RoutedLoRAFunction(FirstOrderReverse):
     """(x, given, backend, *tensors) → (y of each projection, what each keeps); see ``dispatch.routed_lora``.
 
     Saved: the tensors; x if a lora_A or a weight learns; q or p [M, r] if a gradient reads it. Nothing of size M×N, no
     mask.
     """
+
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(x: Tensor, given: tuple[bool, ...], backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -91,20 +82,12 @@ def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     )
 
 
-class RoutedLoRABackwardFunction(_FirstOrderReverse):
-    """The backward operator as a node of its own, so that a second differentiation fails and says why."""
+class RoutedLoRABackwardFunction(FirstOrderBackward):
+    UNSUPPORTED = _UNSUPPORTED
 
     @staticmethod
     def forward(lengths: tuple[int, int], rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(below_autograd(routed_lora_backward, *_operator_arguments(lengths, rest, tensors)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to save: ``backward`` only raises."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise RuntimeError(_unsupported("double backward"))
 
 
 # Function.apply binds defaults through inspect.signature, 20 µs a call where the signature is not at hand.
