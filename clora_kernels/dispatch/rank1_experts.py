@@ -27,6 +27,7 @@ GATHER = "chosen rows copied, a block at a time, and multiplied"
 DENSE = "matmuls over the whole pool, of which the chosen products are kept"
 COMPILED = "chosen rows read where they lie, once a row of x"
 SAMPLES = "a small dense LoRA a sample, whose rows are read where they lie"
+_KERNELS: dict[str, Primitives] = {GATHER: aten, DENSE: dense, COMPILED: native}
 
 # Rows that choose from a pool of at most this many experts for each that they choose go through matmuls of all of it,
 # where there are at least so many rows; on a CPU where nothing is compiled. One thread of a Zen 4, 2048 rows of 768 in
@@ -94,7 +95,7 @@ def _kernels(choice: Choice) -> Primitives:
         from ..kernels.rank1_experts import triton
 
         return triton
-    return {GATHER: aten, DENSE: dense, COMPILED: native}[choice.strategy]
+    return _KERNELS[choice.strategy]
 
 
 def decide(

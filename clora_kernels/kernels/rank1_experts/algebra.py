@@ -53,6 +53,14 @@ class Needs(NamedTuple):
         return self.x or self.experts_A or self.gates or self.scaling
 
 
+class Order(NamedTuple):
+    """The choices (group, slot) by expert: ``order`` [G·k], positions in indices.flatten(), those of expert e from
+    ``starts[e]`` to ``starts[e + 1]``, in their own order; ``starts`` [E + 1]. Integers of the backend's choice."""
+
+    order: Tensor
+    starts: Tensor
+
+
 class Primitives(Protocol):
     """What a backend brings. Sums are in the accumulation dtype of x, which is that of ``small``."""
 
@@ -103,12 +111,13 @@ def backward(kernels: Primitives, dy: Tensor, call: Call, p: Tensor | None, need
 
 def _of_weights(ph: Tensor, call: Call, need: Needs) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of gates and of scaling for p·h [M, k]."""
-    of_groups = ph if ph.shape == call.indices.shape else _of_groups(ph, call.indices).sum(1)
+    G = call.indices.shape[0]
+    of_each = ph if ph.shape[0] == G else of_groups(ph, G).sum(1)
     dgates = dscaling = None
     if need.gates and call.gates is not None:
-        dgates = cast(of_groups * call.scaling, call.gates.dtype)
+        dgates = cast(of_each * call.scaling, call.gates.dtype)
     if need.scaling:
-        weighted = of_groups if call.gates is None else of_groups * cast(call.gates, ph.dtype)
+        weighted = of_each if call.gates is None else of_each * cast(call.gates, ph.dtype)
         dscaling = weighted.sum().to(call.scaling)
     return dgates, dscaling
 
@@ -138,10 +147,9 @@ def _ones(experts: Tensor, indices: Tensor) -> Tensor:
     return experts.new_ones(indices.numel(), 1, dtype=accumulation_dtype(experts.dtype))
 
 
-def _of_groups(t: Tensor, indices: Tensor) -> Tensor:
-    """[M, k] as [G, L, k]."""
-    G, k = indices.shape
-    return t.reshape(G, t.shape[0] // max(G, 1), k)
+def of_groups(t: Tensor, groups: int) -> Tensor:
+    """Rows [M, n] as [G, L, n]."""
+    return t.reshape(groups, t.shape[0] // max(groups, 1), t.shape[1])
 
 
 def _weighted(t: Tensor, call: Call) -> Tensor:
@@ -150,5 +158,5 @@ def _weighted(t: Tensor, call: Call) -> Tensor:
         gates = cast(call.gates, t.dtype)
         # a view costs what a few products cost, so there is none where each row has gates of its own
         one_each = gates.shape == t.shape
-        t = t * gates if one_each else (_of_groups(t, call.indices) * gates[:, None, :]).reshape(t.shape)
+        t = t * gates if one_each else (of_groups(t, gates.shape[0]) * gates[:, None, :]).reshape(t.shape)
     return t * call.scaling

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...reference.routed_lora import accumulation_dtype
 from ..views import cast
+from .algebra import of_groups
 
 SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
@@ -28,13 +29,9 @@ def _blocks(groups: int, bytes_of_one: int, scratch: int) -> Iterator[slice]:
         yield slice(start, min(start + size, groups))
 
 
-def _of_groups(t: Tensor, groups: int) -> Tensor:
-    return t.reshape(groups, t.shape[0] // max(groups, 1), t.shape[1])
-
-
 def shrink(big: Tensor, experts: Tensor, indices: Tensor) -> Tensor:
     acc, (G, k), n = accumulation_dtype(big.dtype), indices.shape, experts.shape[1]
-    rows = _of_groups(big, G)
+    rows = of_groups(big, G)
     L = rows.shape[1]
     out = big.new_empty(G, L, k, dtype=acc)
     for b in _blocks(G, acc.itemsize * n * (k + L), _scratch(big)):
@@ -45,10 +42,10 @@ def shrink(big: Tensor, experts: Tensor, indices: Tensor) -> Tensor:
 
 def expand(small: Tensor, experts: Tensor, indices: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     (G, k), n = indices.shape, experts.shape[1]
-    coefficients = _of_groups(small, G)
+    coefficients = of_groups(small, G)
     L = coefficients.shape[1]
     y = small.new_empty(G, L, n, dtype=dtype if base is None else base.dtype)
-    bases = None if base is None else _of_groups(base, G)
+    bases = None if base is None else of_groups(base, G)
     for b in _blocks(G, small.element_size() * n * (k + L), _scratch(small)):
         total = coefficients[b] @ cast(experts[indices[b]], small.dtype)
         y[b] = total if bases is None else total + bases[b]
@@ -61,7 +58,7 @@ def order(indices: Tensor, experts: int) -> None:
 
 def reduce(small: Tensor, big: Tensor, indices: Tensor, order: None, experts: Tensor) -> Tensor:
     (G, k), (E, n), acc = indices.shape, experts.shape, small.dtype
-    coefficients, rows = _of_groups(small, G), _of_groups(big, G)
+    coefficients, rows = of_groups(small, G), of_groups(big, G)
     L = rows.shape[1]
     total = None
     scratch = max(_scratch(big), acc.itemsize * E * n)  # each block gives a sum of the size of the pool

@@ -8,24 +8,15 @@ unrounded, but where the rows of a sample share their choice, all is bf16 and th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ... import extension
 from ...reference.routed_lora import accumulation_dtype
+from .algebra import Order
 
 _OPERATORS = torch.ops.clora_kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Order(NamedTuple):
-    """The choices (group, slot) by expert: ``order`` [G·k] int32, positions in indices.flatten(), those of expert e
-    from ``starts[e]`` to ``starts[e + 1]``, in their own order; ``starts`` [E + 1] int32."""
-
-    order: Tensor
-    starts: Tensor
 
 
 def is_compiled(device_type: str) -> bool:

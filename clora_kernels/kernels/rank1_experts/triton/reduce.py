@@ -6,8 +6,6 @@ of what its choosers left there, in their order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,18 +15,11 @@ from ...declared import Expects
 from ...launch import cdiv, launch
 from ...routed_lora.triton.common import dot, load_tile, on_device_of, precision, rounded, store_tile
 from ...routed_lora.triton.forms import form
+from ..algebra import Order
 from .shrink import block_of
 
 BLOCK_L, BLOCK_N = 64, 128
 SUM_BLOCK = 512
-
-
-class Order(NamedTuple):
-    """The choices by expert: ``order`` [G·k], positions in indices.flatten(), those of expert e from ``starts[e]`` to
-    ``starts[e + 1]``, in their own order; ``starts`` [E + 1]."""
-
-    order: Tensor
-    starts: Tensor
 
 
 @triton.jit(do_not_specialize=["L"])
