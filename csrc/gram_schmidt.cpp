@@ -7,12 +7,12 @@
 #include <limits>
 
 #include "gram_schmidt_blocks.h"
+#include "threads.h"
 
 namespace clora_kernels {
 namespace {
 
-constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
-constexpr int64_t kKeptFloats = 1 << 17;      // panels of a matrix that may be kept from sums to application
+constexpr int64_t kKeptFloats = 1 << 17;  // panels of a matrix that may be kept from sums to application
 
 CLORA_CLONES State step(int64_t k, int64_t r, int64_t ld, double* S, double* G, double rank_tol, double* scratch,
                         float* x, float* t) {
@@ -123,7 +123,7 @@ class Orthonormaliser {
   }
 
   int64_t grain() const {
-    return std::max<int64_t>(1, kFlopsPerThread / std::max<int64_t>(kSplitRows * r_ * (r_ + 2 * k_), 1));
+    return clora_kernels::grain(kSplitRows * r_ * (r_ + 2 * k_));
   }
 
   // One more sweep after `sweeps`: G = WᵀW and S = PᵀW, fp32 sums over pieces and fp64 sums of them, and the step.

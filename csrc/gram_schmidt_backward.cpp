@@ -3,11 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "gram_schmidt_blocks.h"
+#include "threads.h"
 
 namespace clora_kernels {
 namespace {
-
-constexpr int64_t kFlopsPerThread = 1 << 19;
 
 // out [m, p] = sign · a [m, n] · b [n, p], or added to it; rows are padded to kPad.
 CLORA_CLONES void multiply(int64_t m, int64_t n, int64_t p, const double* a, int64_t lda, const double* b, int64_t ldb,
@@ -108,7 +107,7 @@ class Differentiator {
 
  private:
   int64_t grain(int64_t columns) const {
-    return std::max<int64_t>(1, kFlopsPerThread / std::max<int64_t>(2 * kSplitRows * columns * r_, 1));
+    return clora_kernels::grain(2 * kSplitRows * columns * r_);
   }
 
   // aᵀ·b in fp64 from fp32 sums; with `upper` its upper triangle alone.

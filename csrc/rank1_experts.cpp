@@ -19,18 +19,14 @@
 #include "rank1_experts_bf16.h"
 #include "rank1_experts_fp64.h"
 #include "rank1_experts_kernels.h"
+#include "threads.h"
 
 namespace clora_kernels {
 namespace {
 
-constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
-constexpr int64_t kCacheBytes = 1 << 18;      // of rows that stay in the second cache beside as many of sums
-
-constexpr int64_t kThirdCacheBytes = 1 << 25;
-constexpr int64_t kMostParts = 1 << 21;       // numbers of such sums that a thread keeps
-
-// Units of `cost` floating-point operations each that make a thread worth its while.
-int64_t grain(int64_t cost) { return std::max<int64_t>(1, kFlopsPerThread / std::max<int64_t>(cost, 1)); }
+constexpr int64_t kCacheBytes = 1 << 18;       // of rows that stay in the second cache beside as many of sums
+constexpr int64_t kThirdCacheBytes = 1 << 25;  // of rows that stay in the third
+constexpr int64_t kMostParts = 1 << 21;        // numbers of sums by choice that a thread keeps
 
 int64_t blocks_of(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 

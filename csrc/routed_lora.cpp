@@ -15,11 +15,10 @@
 #include <tuple>
 
 #include "routed_lora_kernels.h"
+#include "threads.h"
 
 namespace clora_kernels {
 namespace {
-
-constexpr int64_t kFlopsPerThread = 1 << 19;  // less than this is not worth a second thread
 
 void check_matrix(const Tensor& t, const char* name) {
   CLORA_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim());
@@ -54,9 +53,6 @@ Tensor widened(const Tensor& t, const char* name, int64_t padded, const Mask& ma
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Units of `cost` floating-point operations each that make a thread worth its while.
-int64_t grain(int64_t cost) { return std::max<int64_t>(1, kFlopsPerThread / std::max<int64_t>(cost, 1)); }
 
 Tensor shrink(const Tensor& big, const Tensor& small, const std::optional<Tensor>& seed,
               const std::optional<Tensor>& threshold) {
