@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def chosen_rows(indices, M):
-    return indices.long().repeat_interleave(M // indices.shape[0], 0)
+    return indices.long().repeat_interleave(M // max(indices.shape[0], 1), 0)
 
 
 def plain_shrink(big, experts, indices):

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from rank1_experts_primitives import plain_expand, plain_reduce, plain_shrink
 from strategies import LAYOUTS, laid_out
 
 from clora_kernels import extension
@@ -26,24 +27,15 @@ CHOICES = [1, 5, 33]
 
 
 def shrink_in(dtype, big, experts, indices):
-    chosen = experts.to(dtype)[indices.long()].repeat_interleave(_length(big, indices), 0)
-    return (chosen @ big.to(dtype)[..., None])[..., 0]
+    return plain_shrink(big.to(dtype), experts.to(dtype), indices)
 
 
 def expand_in(dtype, small, experts, indices, base):
-    chosen = experts.to(dtype)[indices.long()].repeat_interleave(_length(small, indices), 0)
-    y = (small.to(dtype)[:, None] @ chosen)[:, 0]
-    return y if base is None else base.to(dtype) + y
+    return plain_expand(small.to(dtype), experts, indices, base, dtype)
 
 
 def reduce_in(dtype, small, big, indices, experts):
-    rows = indices.long().repeat_interleave(_length(big, indices), 0)
-    products = (small.to(dtype)[..., None] * big.to(dtype)[:, None]).flatten(0, 1)
-    return torch.zeros(experts.shape, dtype=dtype).index_add_(0, rows.flatten(), products)
-
-
-def _length(rows, indices):
-    return rows.shape[0] // max(indices.shape[0], 1)
+    return plain_reduce(small.to(dtype), big, indices, experts.to(dtype))
 
 
 def assert_right(actual, form, out_dtype, *tensors, plain=None):
