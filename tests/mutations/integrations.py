@@ -3,7 +3,7 @@
 from .mutant import mutants_of
 
 INTEGRATIONS = mutants_of(
-    "clora_kernels/integrations/peft.py",
+    "clora_kernels/integrations/peft/files.py",
     "peft",
     ("tests/test_integrations_peft.py",),
     [

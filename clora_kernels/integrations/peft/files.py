@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..modules.inject import lora_state_dict
-from ..modules.routed_lora import RoutedLoRALinear
+from ...modules.inject import lora_state_dict
+from ...modules.routed_lora import RoutedLoRALinear
 
 T = TypeVar("T")
 
