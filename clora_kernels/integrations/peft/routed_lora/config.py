@@ -113,8 +113,9 @@ class RoutedLoraConfig(PeftConfig):
         for name, alpha in alphas.items():
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ValueError(f"{name}: got {alpha!r}, expected a finite number")
-        if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout <= 1:
-            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}, expected a probability in [0, 1]")
+        p = self.lora_dropout
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"lora_dropout: got {p!r}, expected a probability in [0, 1]")
         if type(self.task) is not int or self.task < 1:
             raise ValueError(f"task: got {self.task!r}, expected an int of at least 1")
         for name, known in (("routing_init", ROUTING_INITS), ("train_factors", TRAIN_FACTORS), ("bias", BIASES)):

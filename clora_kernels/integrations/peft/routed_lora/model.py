@@ -23,6 +23,11 @@ class RoutedLoraModel(BaseTuner):
 
     Saving keeps both routings, under the method's own type: read as LoRA, they would be dropped without a word;
     :func:`to_lora` is the way there.
+
+    A file that does not fit (a tensor missing, of another shape or of another layer; truncated; a config with fields
+    of a later version) is an error. PEFT adds an adapter before it reads its tensors, so where these are at fault the
+    new adapter is there, untrained and inactive; ``delete_adapter`` takes it out. An adapter that was there before
+    keeps its values: nothing is written unless all fits, so that ``ignore_mismatched_sizes`` has nothing to ignore.
     """
 
     prefix = "lora_"
