@@ -91,6 +91,21 @@ def test_starts() -> None:
         assert learning(model) == of("default")
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_whole(training) -> None:
+    model = routed(config(lora_dropout=0.3), config(r=3)).train(training)
+    model.base_model.set_adapter(["first", "second"])
+    x, _ = call(6, dtype=torch.float32)
+    results = []
+    for compute in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(2)
+        y = compute(x)
+        results.append((y, *torch.autograd.grad(y.sum(), [p for p in model.parameters() if p.requires_grad])))
+    assert len(results[0]) == 13
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
 def test_ranks_and_alphas_by_layer() -> None:
     model = routed(config(rank_pattern={"conv": 7}, alpha_pattern={"linear": 1}))
     linear, conv = (model.get_submodule(name) for name in (LINEAR, CONV))

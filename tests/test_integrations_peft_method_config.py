@@ -162,5 +162,5 @@ def test_layers_of_another_make() -> None:
     A, B, R, _ = layer.adapter_tensors("default")
     torch.testing.assert_close(layer(x), packed(x) + 1.5 * x @ A.mT @ R @ B.mT)
     assert A.dtype == torch.float32 and A.shape == (4, WIDTHS[0])
-    with pytest.raises(ValueError, match="no adapter can be merged exactly: Packed is neither nn.Linear nor Conv1D"):
+    with pytest.raises(ValueError, match=r"no adapter can be merged exactly: Packed is neither nn.Linear nor Conv1D"):
         routed_model.merge_adapter()

@@ -88,7 +88,6 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self._reset(adapter_name, config.routing_init)
         if config.frozen_factors:
             self.freeze_factors(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def _reset(self, adapter_name: str, routing_init: str) -> None:

@@ -60,11 +60,9 @@ class RoutedLoraModel(BaseTuner):
     ) -> None:
         if isinstance(target, RoutedLinear):
             target.update_layer(adapter_name, current_key, peft_config)
-            return
-        layer = RoutedLinear(target, adapter_name, current_key, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        else:
+            layer = RoutedLinear(target, adapter_name, current_key, peft_config)
+            self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
