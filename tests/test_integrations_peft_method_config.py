@@ -151,16 +151,18 @@ class Packed(nn.Module):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*Packed:UserWarning")
 def test_layers_of_another_make() -> None:
     model = two()
-    model.linear = Packed(model.linear)
-    packed = model.linear
+    packed = model.conv = Packed(nn.Linear(*WIDTHS))
     x, _ = call(5, dtype=torch.float32)
-    routed_model = get_peft_model(model, config(target_modules=["linear"], routing_init="c-lora"))
-    layer = routed_model.get_submodule(LINEAR)
+    routed_model = get_peft_model(model, config(routing_init="c-lora"))
+    layer = routed_model.get_submodule(CONV)
     assert isinstance(layer, RoutedLinear) and torch.equal(layer(x), packed(x))
     with torch.no_grad():
         layer.lora_routing["default"].normal_()
     A, B, R, _ = layer.adapter_tensors("default")
     torch.testing.assert_close(layer(x), packed(x) + 1.5 * x @ A.mT @ R @ B.mT)
     assert A.dtype == torch.float32 and A.shape == (4, WIDTHS[0])
-    with pytest.raises(ValueError, match=r"no adapter can be merged exactly: Packed is neither nn.Linear nor Conv1D"):
-        routed_model.merge_adapter()
+    for merge in (routed_model.merge_adapter, routed_model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"no adapter can be merged exactly: Packed is neither nn.Linear nor Conv"):
+            merge()
+        assert not any(other.merged for other in layers(routed_model).values()), "nor any layer before it"
+    routed_model.unmerge_adapter()  # there is nothing to do

@@ -190,6 +190,12 @@ PEFT_METHOD = [
                 "                    model.modules()\n",
             ),
             (
+                "half-merged",
+                "layers are merged until one cannot be",
+                "                layer.mergeable_weight()\n",
+                "                layer.get_base_layer()\n",
+            ),
+            (
                 "names-of-samples-dropped",
                 "the adapters that samples name are dropped without a word",
                 'if (names := kwargs.get("adapter_names")) is not None:',

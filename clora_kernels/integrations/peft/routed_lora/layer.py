@@ -153,7 +153,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        weight = self._mergeable_weight()
+        weight = self.mergeable_weight()
         into = weight.clone() if safe_merge else weight
         for name in names:
             self._add_to(into, name, 1)
@@ -165,12 +165,15 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Take merged adapters out of the base weight again, as PEFT does: to rounding in the weight's dtype."""
-        weight = self._mergeable_weight()
+        if not self.merged:
+            return
+        weight = self.mergeable_weight()
         while self.merged_adapters:
             if (name := self.merged_adapters.pop()) in self.lora_A:
                 self._add_to(weight, name, -1)
 
-    def _mergeable_weight(self) -> Tensor:
+    def mergeable_weight(self) -> Tensor:
+        """The base weight into which adapters can go; ValueError where there is none."""
         base = self.get_base_layer()
         if (why := why_not_adaptable(base)) is None and is_plain(base.get_parameter("weight")):
             return base.get_parameter("weight").data

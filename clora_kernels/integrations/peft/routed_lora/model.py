@@ -64,6 +64,13 @@ class RoutedLoraModel(BaseTuner):
             layer = RoutedLinear(target, adapter_name, current_key, peft_config)
             self._replace_module(parent, target_name, layer, target)
 
+    def _check_merge_allowed(self) -> None:
+        """No layer is merged unless every one can be."""
+        super()._check_merge_allowed()
+        for layer in self.modules():
+            if isinstance(layer, RoutedLinear):
+                layer.mergeable_weight()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Refuse what PeftModel would drop without a word."""
