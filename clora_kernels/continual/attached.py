@@ -1,0 +1,202 @@
+"""Adapted layers in a model's place of its linear ones, the tensors a method carries along, and the state of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.adapter import AdapterLinear
+from ..modules.inject import Targets, freeze_base, inject, merge_all, unmerge_all
+
+# layer → tensor of its adapter → what stands in its place
+Adapters = Mapping[str, Mapping[str, Tensor]]
+
+
+class AttachedLayers:
+    """A model whose targets are adapted layers.
+
+    Attributes:
+        model: changed in place.
+        layers: the adapted layers by their names in the model.
+        own: parameters of the method that belong to no layer, by name.
+        kept: tensors that the method carries from task to task, by name.
+    """
+
+    def __init__(self, model: nn.Module, targets: Targets) -> None:
+        self.model = model
+        self.own = nn.ParameterDict()
+        self.kept: dict[str, Tensor] = {}
+        self.layers = self.attach(targets)
+
+    def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
+        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
+        layers: dict[str, AdapterLinear] = {}
+        for name in inject(self.model, self.make_layer, targets).swapped:
+            layer = self.model.get_submodule(name)
+            if not isinstance(layer, AdapterLinear):
+                raise TypeError(f"make_layer: got {type(layer).__name__} for {name}, expected an AdapterLinear")
+            if layer not in layers.values():
+                layers[name] = layer
+        freeze_base(self.model)
+        return layers
+
+    def make_layer(self, linear: nn.Module) -> AdapterLinear:
+        """The layer that takes the place of ``linear``, for instance a RoutedLoRALinear."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which layer takes the place of a target")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of every adapter, then the method's own."""
+        for layer in self.layers.values():
+            yield from layer.adapter_parameters()
+        yield from self.own.values()
+
+    def run(self, inputs: Any) -> Any:
+        """The model's output for a batch: a tensor, or a tuple or a mapping of its arguments."""
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        return self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+
+    # What a test needs
+
+    @contextmanager
+    def with_adapters(self, adapters: Adapters) -> Iterator[None]:
+        """Other tensors in the place of some of the adapters' parameters; the parameters come back untouched."""
+        before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for layer, tensors in adapters.items():
+                for name, tensor in tensors.items():
+                    path, _, leaf = name.rpartition(".")
+                    owner = self.layers[layer].get_submodule(path)
+                    parameter = owner.get_parameter(leaf)
+                    if tensor.shape != parameter.shape:
+                        got, expected = tuple(tensor.shape), tuple(parameter.shape)
+                        raise ValueError(f"adapters[{layer!r}][{name!r}]: got shape {got}, expected {expected}")
+                    before.append((owner, leaf, parameter))
+                    owner._parameters[leaf] = nn.Parameter(tensor.detach().to(parameter), requires_grad=False)
+            yield
+        finally:
+            for owner, leaf, parameter in reversed(before):
+                owner._parameters[leaf] = parameter
+
+    @contextmanager
+    def merged_for_test(self, adapters: Adapters) -> Iterator[nn.Module]:
+        """The model in eval mode with these adapters merged; as it was on leaving, bit for bit."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            with self.with_adapters(adapters):
+                merge_all(self.model, backup="device")
+            yield self.model
+        finally:
+            unmerge_all(self.model)
+            for module, training in modes.items():
+                module.training = training
+
+    def plain_copy(self) -> nn.Module:
+        """A copy of the model with nn.Linear (or what it was) in the place of adapted layers, weights as they are."""
+        model = copy.deepcopy(self.model)
+        plain: dict[nn.Module, nn.Module] = {}
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, AdapterLinear):
+                    setattr(parent, name, plain.setdefault(child, child.to_linear()))
+        return model
+
+    # Adapters that go into the weights for good
+
+    def fold_layers(self, task: int, tensors: Sequence[str] = ("lora_A", "lora_B")) -> None:
+        """Fold every adapter into its weight and start it anew.
+
+        What a fold depends on, the named ``tensors`` of each adapter, is kept as ``folded.<task>.<layer>.<tensor>``: the
+        frozen weights are not saved, so loading does the folds again, on the weights the model had when attached.
+        """
+        for name, layer in self.layers.items():
+            adapter = layer.adapter_state_dict()
+            self.kept |= {f"folded.{task}.{name}.{tensor}": adapter[tensor].clone() for tensor in tensors}
+            layer.fold()
+
+    def folded(self, task: int, kept: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+        """layer → tensor → value of what ``fold_layers`` kept of a task; empty for a task that was not folded."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in self.layers:
+            prefix = f"folded.{task}.{name}."
+            of_layer = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in (self.kept if kept is None else kept).items()
+                if key.startswith(prefix)
+            }
+            if of_layer:
+                found[name] = of_layer
+        return found
+
+    @property
+    def has_folded(self) -> bool:
+        """Whether adapters went into the model's weights."""
+        return any(key.startswith("folded.") for key in self.kept)
+
+    # State
+
+    def layer_state(self) -> dict[str, Tensor]:
+        """Adapters, own parameters and ``kept``, flat; not the frozen weights."""
+        state = {
+            f"layers.{name}.{key}": tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.adapter_state_dict().items()
+        }
+        state |= {f"own.{name}": p.detach() for name, p in self.own.items()}
+        return state | {f"kept.{name}": tensor for name, tensor in self.kept.items()}
+
+    @torch.no_grad()
+    def load_layer_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
+        """Load what ``layer_state`` gave, which went through ``tasks`` tasks; nothing changes unless everything fits.
+
+        Raises:
+            ValueError: layers or tensors that are missing, unexpected or of another shape.
+            RuntimeError: the model's weights hold folded adapters already, which cannot be taken out again.
+        """
+        adapters: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        own, kept, strange = {}, {}, []
+        for key, tensor in state.items():
+            kind, _, rest = key.partition(".")
+            layer = next((n for n in self.layers if rest.startswith(f"{n}.")), None) if kind == "layers" else None
+            if layer is not None:
+                adapters[layer][rest.removeprefix(f"{layer}.")] = tensor
+            elif kind in ("own", "kept"):
+                (own if kind == "own" else kept)[rest] = tensor
+            else:
+                strange.append(key)
+        missing = [name for name, tensors in adapters.items() if not tensors]
+        missing += [f"own.{n}" for n in self.own if n not in own]
+        strange += [f"own.{n}" for n in own if n not in self.own]
+        if missing or strange:
+            raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
+        for name, p in self.own.items():
+            if own[name].shape != p.shape:
+                raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
+        for name, tensors in adapters.items():
+            self.layers[name].check_adapter_state_dict(tensors)
+        folds = [folded for task in range(1, tasks + 1) if (folded := self.folded(task, kept))]
+        for name, tensors in (item for folded in folds for item in folded.items()):
+            layer = self.layers[name]
+            layer.check_mergeable()
+            layer.check_adapter_state_dict({**layer.adapter_state_dict(), **tensors})
+        if self.has_folded:
+            raise RuntimeError(
+                "state: this model's weights hold folded adapters already; attach the method to the model as it was "
+                "before the first task"
+            )
+        for name, tensors in (item for folded in folds for item in folded.items()):
+            layer = self.layers[name]
+            layer.load_adapter_state_dict({**layer.adapter_state_dict(), **tensors})
+            layer.fold()
+        for name, tensors in adapters.items():
+            self.layers[name].load_adapter_state_dict(tensors)
+        for name, p in self.own.items():
+            p.copy_(own[name])
+        device = next(self.parameters()).device
+        self.kept = {k: v.to(device, copy=True) for k, v in kept.items()}
