@@ -56,6 +56,8 @@ class CLoRA(RoutedLoRAMethod):
         TypeError: an ``orthogonality`` or ``energy`` that is no number.
     """
 
+    layer_type = RoutedLoRALinear
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,7 +82,7 @@ class CLoRA(RoutedLoRAMethod):
 
     def make_layer(self, linear: nn.Module) -> RoutedLoRALinear:
         """Both routings zero, A Kaiming, B normal: ΔW = 0, and the first gradient of R_δ is not."""
-        layer = RoutedLoRALinear.from_linear(linear, routing=True, frozen_routing=True, **self.options)
+        layer = self.layer_type.from_linear(linear, routing=True, frozen_routing=True, **self.options)
         nn.init.normal_(layer.lora_B, std=1 / math.sqrt(layer.r))
         nn.init.zeros_(layer.get_parameter("routing"))
         return layer
@@ -133,11 +135,8 @@ class CLoRA(RoutedLoRAMethod):
             return
         self.kept["basis"] = self._basis_of(old)
         for name, layer in self.routed():
-            A, B, _, _ = layer.adapter_tensors()
-            self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"] = (
-                A.detach().clone(),
-                B.detach().clone(),
-            )
+            self.kept[f"start.{name}.lora_A"] = layer.lora_A.clone()
+            self.kept[f"start.{name}.lora_B"] = layer.lora_B.clone()
 
     def _basis_of(self, old: Tensor) -> Tensor:
         if self.basis == "raw":
@@ -167,9 +166,9 @@ class CLoRA(RoutedLoRAMethod):
             return None
         moved, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for name, layer in self.routed():
-            A, B, _, frozen = layer.adapter_tensors()
+            A, B = layer.lora_A, layer.lora_B
             A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
-            R_old = cast(Tensor, frozen).double()
+            R_old = layer.get_buffer("frozen_routing").double()
             routed, routed_start = (b.double() @ R_old.mT for b in (B, B_start))
             left = torch.cat([A_start, A]).mT
             moved += low_rank_norm(left, torch.cat([routed_start, -routed], 1)).square().cpu()
