@@ -147,8 +147,8 @@ def measures(name: str, runs: list[Run]) -> list[str]:
 
 
 def compare(pool: Executor, scenario: str, seeds: range, repeats: int, full: bool, out: Path) -> tuple[str, dict]:
-    """Run the contestants on every seed, those that train as often as ``repeats`` says, and draw their pictures; returns
-    what to print of a scenario, and the metrics of every seed by method."""
+    """Run the contestants on every seed, those that train as often as ``repeats`` says, and draw their pictures;
+    returns what to print of a scenario, and the metrics of every seed by method."""
     settings = tuned_settings(scenario)
     streams = make_streams(pool, seeds, scenario)
     names = [name for name, contestant in CONTESTANTS.items() if full or not contestant.ablation]

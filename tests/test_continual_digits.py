@@ -8,55 +8,10 @@ import importlib.util
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-
-from clora_kernels.continual import TaskAccuracies
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def examples():
-    """The example's modules, with short trainings."""
-    sys.path.insert(0, str(EXAMPLES))
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-    patch.setenv("KINETO_LOG_LEVEL", "99")
-    try:
-        import compare_on_digits
-        import digits
-        import digits_runs
-
-        for scenario in digits.SCENARIOS:
-            patch.setitem(digits.PRETRAINING_EPOCHS, scenario, 1)
-            patch.setitem(digits.EPOCHS, scenario, 1)
-        # A meter takes the step at which it looks at the memory as a default.
-        patch.setattr(digits_runs.StepMeter.__init__, "__defaults__", (1,))
-        yield compare_on_digits, digits
-    finally:
-        patch.undo()
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def streams(examples):
-    return {scenario: examples[1].make_stream(0, scenario) for scenario in examples[1].SCENARIOS}
-
-
-@pytest.fixture(scope="module")
-def shorts(examples, streams):
-    """The streams with a few of their samples."""
-
-    def cut(stream, step):
-        tasks = {
-            k: [examples[1].Samples(*(t[::step] for t in s)) for s in getattr(stream, k)] for k in ("train", "test")
-        }
-        return dataclasses.replace(stream, **tasks)
-
-    return {"classes": cut(streams["classes"], 5), "domains": cut(streams["domains"], 25)}
+from short_digits import EXAMPLES
 
 
 def test_the_split_is_stratified(examples) -> None:
@@ -253,76 +208,6 @@ def test_few_seeds_decide_nothing_also_where_no_table_is_at_hand(examples, monke
     assert compare.caution(5, "classes") == (
         "5 seeds decide nothing, whatever stands above: the class orders differ too much; 10 were published"
     )
-
-
-@pytest.mark.parametrize("scenario", ["classes", "domains"])
-def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples, scenario) -> None:
-    import digits_methods
-
-    compare, _ = examples
-    record = json.loads(compare.TUNED.read_text())
-    assert record["command"] == "python examples/compare_on_digits.py --tune"
-    seeds, methods = (record[scenario][k] for k in ("seeds", "methods"))
-    assert min(seeds) >= 100 and seeds == list(compare.TUNING_SEEDS[scenario])
-    assert methods.keys() == {name for name, c in compare.CONTESTANTS.items() if c.grid and not c.ablation}
-    chosen = compare.tuned_settings(scenario)
-    for name, method in methods.items():
-        assert [digits_methods.settings_of(t) for t in method["tried"]] == compare.CONTESTANTS[name].grid_of(scenario)
-        assert method["best"] == max(method["tried"], key=lambda t: t["average"])
-        assert chosen[name] == digits_methods.settings_of(method["best"])
-    for name, contestant in compare.CONTESTANTS.items():
-        if contestant.ablation:
-            assert chosen[name] == chosen[contestant.ablation]
-
-
-def test_tuning_keeps_what_was_tried_and_writes_after_every_method(examples, shorts, tmp_path, monkeypatch) -> None:
-    import digits_methods
-    from digits import Settings
-
-    runs = []
-    best = {0.1: 0.5, 0.2: 0.7}
-
-    def run_contestant(stream, name, settings):
-        runs.append((stream.scenario, name, settings.lr))
-        if name == "second" and stream.scenario == "domains":
-            raise KeyboardInterrupt
-        accuracy = torch.full((3, 3), best[settings.lr])
-        return examples[0].Run(TaskAccuracies(accuracy, torch.ones(3), torch.ones(3)), [], None, None)
-
-    grid = [Settings("sgd", 0.1, 5.0), Settings("sgd", 0.2, 5.0)]
-    contestants = {n: digits_methods.Contestant(lambda: None, grid) for n in ("first", "second")}
-    contestants["part"] = digits_methods.Contestant(lambda: None, grid, ablation="first")
-    monkeypatch.setattr(digits_methods, "CONTESTANTS", contestants)
-    monkeypatch.setattr(digits_methods, "run_contestant", run_contestant)
-    monkeypatch.setattr(digits_methods, "make_stream", lambda seed, scenario: shorts[scenario])
-    monkeypatch.setattr(digits_methods, "TUNED", tmp_path / "results" / "tuned.json")
-    monkeypatch.setattr(digits_methods, "HERE", tmp_path / "examples")
-    with pytest.raises(ValueError if (tmp_path / "results").is_dir() else FileNotFoundError, match="--tune finds them"):
-        digits_methods.tuned_settings("classes")
-    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
-        digits_methods.tune(pool)
-    assert (
-        digits_methods.tuned_settings("classes")["first"].lr
-        == digits_methods.tuned_settings("classes")["part"].lr
-        == 0.2
-    )
-    with pytest.raises(ValueError, match="no settings of second in domains"):
-        digits_methods.tuned_settings("domains")
-    first, runs[:] = len(runs), []
-    best[0.1] = 0.9
-    monkeypatch.setattr(
-        digits_methods,
-        "run_contestant",
-        lambda stream, name, settings: (
-            run_contestant(stream, "third", settings) if name == "second" else run_contestant(stream, name, settings)
-        ),
-    )
-    with ThreadPoolExecutor(1) as pool:
-        digits_methods.tune(pool)
-    assert {(scenario, name) for scenario, name, _ in runs} == {("domains", "third")}
-    assert len(runs) == 2 * len(digits_methods.TUNING_SEEDS["domains"]) < first
-    assert digits_methods.tuned_settings("domains")["second"].lr == 0.1
-    assert digits_methods.tuned_settings("domains")["first"].lr == 0.2
 
 
 @pytest.mark.parametrize(("argv", "env"), [(["--seeds", "101"], "5"), (["--seeds", "0"], "5"), ([], "101")])

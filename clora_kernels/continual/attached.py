@@ -112,8 +112,8 @@ class AttachedLayers:
     def fold_layers(self, task: int, tensors: Sequence[str] = ("lora_A", "lora_B")) -> None:
         """Fold every adapter into its weight and start it anew.
 
-        What a fold depends on, the named ``tensors`` of each adapter, is kept as ``folded.<task>.<layer>.<tensor>``: the
-        frozen weights are not saved, so loading does the folds again, on the weights the model had when attached.
+        What a fold depends on, the named ``tensors`` of each adapter, is kept as ``folded.<task>.<layer>.<tensor>``:
+        the frozen weights are not saved, so loading folds again, into the weights the model had when attached.
         """
         for name, layer in self.layers.items():
             adapter = layer.adapter_state_dict()
