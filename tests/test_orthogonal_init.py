@@ -78,10 +78,10 @@ def test_overlap_is_one_of_the_same_and_zero_of_the_orthogonal(examples, stream)
 def test_folding_ends_a_task(examples, stream) -> None:
     example, _ = examples
     model, layers = example.adapt(stream.backbone, 3)
-    example.learn(model, stream.train.of(stream.tasks[0]))
-    learned, before = {n: layer.lora_A.detach().clone() for n, layer in layers.items()}, model(stream.test.images[:5])
+    example.learn(model, stream.train[0])
+    learned, before = {n: layer.lora_A.detach().clone() for n, layer in layers.items()}, model(stream.test[0].images[:5])
     old = example.fold(layers)
-    torch.testing.assert_close(model(stream.test.images[:5]), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(stream.test[0].images[:5]), before, rtol=1e-4, atol=1e-5)
     for name, layer in layers.items():
         assert torch.equal(old[name], learned[name]) and not layer.lora_B.any()
         assert not torch.equal(layer.lora_A, old[name])
