@@ -9,9 +9,11 @@ from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summ
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
 from .protocol import ContinualMethod, TaskReport
+from .slao import SLAO
 from .vit import vit_targets
 
 __all__ = [
+    "SLAO",
     "CLoRA",
     "ContinualMethod",
     "CosineHead",
