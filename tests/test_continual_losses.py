@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from clora_kernels.continual import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from clora_kernels.continual import (
+    leading_left_singular_vectors,
+    low_rank_norm,
+    pairwise_overlap,
+    routing_orthogonality,
+)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -41,6 +48,34 @@ def test_routing_orthogonality_sees_the_output_side_of_the_basis_only() -> None:
 def test_a_basis_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="basis: got shape"):
         routing_orthogonality(torch.zeros(3, 4, 4), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("c", [0, 1, 5])
+def test_pairwise_overlap_and_its_gradient(lead: tuple[int, ...], c: int) -> None:
+    A, old = normal(*lead, 2, 7).requires_grad_(), normal(*lead, c, 7).requires_grad_()
+    loss = pairwise_overlap(A, old)
+    rows = zip(A.detach().view(-1, 2, 7), old.detach().view(math.prod(lead), c, 7), strict=True)
+    by_hand = sum(abs(float((a * b).sum())) for new_i, old_i in rows for a in new_i for b in old_i)
+    assert loss.shape == () and loss.item() == pytest.approx(by_hand, rel=1e-12)
+    dA, d_old = torch.autograd.grad(loss, (A, old))
+    sign = (A @ old.mT).sign().detach()
+    torch.testing.assert_close(dA, sign @ old.detach())
+    torch.testing.assert_close(d_old, sign.mT @ A.detach())
+    assert torch.autograd.gradcheck(pairwise_overlap, (A, old))
+
+
+def test_rows_that_are_orthogonal_do_not_overlap_and_are_not_pushed() -> None:
+    A, old = torch.eye(4)[:2].requires_grad_(), torch.eye(4)[2:]
+    loss = pairwise_overlap(A, old)
+    loss.backward()
+    assert loss == 0 and not A.grad.any()
+
+
+@pytest.mark.parametrize(("new", "old"), [((2, 5), (2, 4)), ((3, 2, 5), (2, 5)), ((3, 2, 5), (2, 2, 5))])
+def test_rows_that_do_not_fit_are_refused(new: tuple[int, ...], old: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"old: got shape \(.*expected \[\.\.\., c, K\]"):
+        pairwise_overlap(torch.zeros(new), torch.zeros(old))
 
 
 def test_leading_vectors_are_the_fewest_that_hold_the_energy() -> None:

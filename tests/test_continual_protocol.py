@@ -111,7 +111,7 @@ def test_what_learns_in_which_task() -> None:
 def test_memory_does_not_grow_with_tasks(name: str) -> None:
     reports = learn(METHODS[name](Net()), 1) if "lora of" in name else learn(METHODS[name](Net()), 4)
     adapters = 4 * (6 + 9) + 4 * (9 + 5) + (4 * 16 if "c-" in name else 0)
-    assert {r.stored for r in reports} == {adapters}
+    assert {r.stored for r in reports} == {adapters * (2 if name == "slao" else 1)}
 
 
 @pytest.mark.parametrize("name", ["lora", "c-lora"])

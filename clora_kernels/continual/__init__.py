@@ -4,14 +4,16 @@ from .checkpoint import SavedRun, load_run, save_run
 from .clora import CLoRA
 from .heads import CosineHead, Prototypes
 from .lora import RoutedLoRAMethod, SequentialLoRA
-from .losses import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import leading_left_singular_vectors, low_rank_norm, pairwise_overlap, routing_orthogonality
 from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summary, table
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
 from .protocol import ContinualMethod, TaskReport
+from .slao import SLAO
 from .vit import vit_targets
 
 __all__ = [
+    "SLAO",
     "CLoRA",
     "ContinualMethod",
     "CosineHead",
@@ -27,6 +29,7 @@ __all__ = [
     "low_rank_norm",
     "paired_gains",
     "paired_table",
+    "pairwise_overlap",
     "plot_accuracy_over_tasks",
     "plot_forgetting_against_learning",
     "routing_orthogonality",

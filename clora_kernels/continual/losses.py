@@ -3,6 +3,10 @@ r"""Losses that keep tasks apart, and the small linear algebra around them.
 Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of what the old routing R_old uses:
 
     L = Σ_layers ‖Qᵀ·R_δ‖²_F             dL/dR_δ = 2·Q·Qᵀ·R_δ
+
+Overlap of rows (O-LoRA), A the new rows and A_old those of earlier tasks:
+
+    L = Σ_ij |A·A_oldᵀ|_ij               dL/dA = sign(A·A_oldᵀ)·A_old        sign(0) = 0
 """
 
 from __future__ import annotations
@@ -29,6 +33,24 @@ def routing_orthogonality(routing: Tensor, basis: Tensor) -> Tensor:
             f"routing, {tuple(routing.shape)}"
         )
     return (basis.mT @ routing).square().sum()
+
+
+def pairwise_overlap(new: Tensor, old: Tensor) -> Tensor:
+    """The sum of |⟨a, b⟩| over all rows a of ``new`` and b of ``old``, and over all leading dimensions; a 0-dim tensor.
+
+    Args:
+        new: ``[..., r, K]``.
+        old: ``[..., c, K]``; gets a gradient too where it requires one.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]:
+        raise ValueError(
+            f"old: got shape {tuple(old.shape)}, expected [..., c, K] with the leading dimensions and K of new, "
+            f"{tuple(new.shape)}"
+        )
+    return (new @ old.mT).abs().sum()
 
 
 def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor:
