@@ -16,12 +16,12 @@ blocks put out (the forward ends there) through the model's last norm, its first
     distillation  5·CE(softmax(h(f_old(x))/2), softmax(h(f(x))/2)), f_old with the teacher's B; h learns through both.
                   Row j of the gradient of every shared B is weighed by N·‖B_old[j,:]‖ / Σ_j ‖B_old[j,:]‖; of all
                   adapters the shared B alone have a gradient, so nothing else moves, by momentum or decay either
-    task          CE over the task's classes + 1e-4 · mean over earlier tasks i of |cos(μ_t, μ_i)|, μ_t all block
-                  weights of task t as one vector; everything moves
+    task          CE over the task's classes + 1e-4·mean over earlier tasks i of |cos(μ_t, μ_i)|, μ_t all the block
+                  weights of task t; everything moves
 
-Their μ holds a weight for the k projections too, which nothing uses: it counts in the cosine and decays. Here these are
-``own["idle_weights"]``. What the equations leave open: a B_old that is all zero weighs every row 1, and the teacher runs
-in the mode of the student (dropout in the model draws for each of the two).
+Their μ holds a weight for the k projections too, which nothing uses: it counts in the cosine and decays; here they are
+``own["idle_weights"]``. Not published: a B_old that is all zero weighs every row 1 here, and the teacher runs in the
+mode of the student (dropout in the model draws for each of the two).
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ class CLLoRA(ContinualMethod):
 
     @torch.no_grad()
     def outputs(self, inputs: Any) -> list[Any]:
-        """As :meth:`ContinualMethod.outputs`, to the bit; the shared blocks, the same in every view, run once."""
+        """As :meth:`ContinualMethod.outputs`, to the bit; the shared blocks, the same in every view, run once. What the
+        model collects from within them by hooks, as transformers' attentions, is in the first view alone."""
         with computed_once(self.model, [self.model.get_submodule(block) for block in self.shared_blocks]):
             return super().outputs(inputs)
 

@@ -45,8 +45,8 @@ def class_token_exit(model: nn.Module, hidden: Tensor) -> Tensor:
     norms = [m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not n.startswith(blocks)]
     if not norms:
         raise ValueError(
-            f"model: got {type(model).__name__} without an nn.LayerNorm outside of its blocks, expected one, or another "
-            "exit"
+            f"model: got {type(model).__name__} without an nn.LayerNorm outside of its blocks, expected one; give "
+            "another exit"
         )
     features: Tensor = norms[-1](hidden[:, 0])
     return features

@@ -1,6 +1,7 @@
 """The mutants, by the part of the code that they break."""
 
 from .aot import AOT
+from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
@@ -83,4 +84,5 @@ MUTANTS: list[Mutant] = [
     *EXTENSION,
     *FORWARD_MODE,
     *CONTINUAL,
+    *CL_LORA,
 ]
