@@ -71,10 +71,13 @@ class ByHand:
             self.distil(x)
         self.learn(x, labels)
 
+    def differentiate(self, parameters: list[Tensor]) -> None:
+        for p in self.parameters():
+            p.requires_grad_(any(p is q for q in parameters))
+
     def distil(self, x: Tensor) -> None:
         used = [*self.shared.values(), self.weight, self.sigma]
-        for p in used:
-            p.requires_grad_(True)
+        self.differentiate(used)
         student = self.logits(self.features(x, 2, {k: B @ self.A[k] for k, B in self.shared.items()}))
         with torch.no_grad():
             features = self.features(x, 2, {k: B @ self.A[k] for k, B in self.teacher.items()})
@@ -100,8 +103,7 @@ class ByHand:
 
     def learn(self, x: Tensor, labels: Tensor) -> None:
         used = self.parameters()
-        for p in used:
-            p.requires_grad_(True)
+        self.differentiate(used)
         deltas = {k: B @ self.A[k] for k, B in self.shared.items()}
         for (i, p), B in self.specific_B.items():
             deltas[i, p] = self.mu[i - 2, "qkv".index(p)] * (B @ self.specific_A[i, p])
@@ -119,8 +121,8 @@ class ByHand:
         self.sgd(used[frozen:], list(gradients[frozen:]))
 
     def sgd(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        self.differentiate([])
         for p, gradient in zip(parameters, gradients, strict=True):
-            p.requires_grad_(False)
             decay = torch.full_like(p, 1e-4)
             if self.leave_out == "the decay of k" and p is self.mu:
                 decay[:, 1] = 0

@@ -10,7 +10,6 @@ from torch import nn
 from vits import CLASSES, TARGETS, WIDTH, Learner, TinyViT, batch, cl_lora
 
 from clora_kernels.continual import CLLoRA, CosineHead, assert_model_parity
-from clora_kernels.continual.cl_lora import row_weights
 
 
 @pytest.mark.parametrize(("depth", "shared"), [(2, 1), (4, 2), (5, 2)])
@@ -190,22 +189,6 @@ def test_the_penalty_is_the_mean_cosine_with_earlier_tasks(idle_weights: int) ->
     assert loss.item() == pytest.approx(0.5 * sum(cosines) / 2, rel=1e-6)
 
 
-def test_rows_are_weighed_by_their_length() -> None:
-    old = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(row_weights(old), torch.tensor([2.5, 0.0, 0.5]))
-    assert torch.equal(row_weights(torch.zeros(5, 2)), torch.ones(5))
-
-
-def test_a_teacher_of_zeros_weighs_every_row_alike() -> None:
-    """After a first task that moved nothing."""
-    learner = Learner(cl_lora(), lr=0.0)
-    learner.learn(1)
-    learner.lr = 0.3
-    learner.learn(1)
-    state = learner.method.state_dict()
-    assert all(t.isfinite().all() for t in state.values()) and state["layers.blocks.0.q.lora_B"].any()
-
-
 def test_every_layer_is_proved_with_its_block_weight() -> None:
     learner = Learner(cl_lora())
     learner.learn(1)
@@ -224,6 +207,27 @@ def test_a_model_in_16_bit_keeps_its_adapters_in_32() -> None:
         assert tensor.dtype == torch.float32 or key in ("task", "in_task"), key
         assert tensor.isfinite().all()
     assert {t.dtype for t in learner.method.outputs(batch(1, 1, torch.bfloat16)[0])} == {torch.bfloat16}
+
+
+def test_a_model_may_change_its_dtype_between_tasks() -> None:
+    learner = Learner(cl_lora())
+    learner.learn(2)
+    learner.method.model.double()
+    learner.dtype = torch.float64
+    learner.learn(1)
+    assert {layer.lora_B.dtype for layer in learner.method.layers.values()} == {torch.float64}
+    assert [t.dtype for t in learner.method.outputs(batch(1, 1, torch.float64)[0])] == [torch.float64] * 3
+
+
+def test_what_was_kept_goes_to_the_device_where_it_is_used() -> None:
+    """The device of tensors without values is one that others cannot be mixed with."""
+    method = cl_lora()
+    learner = Learner(method)
+    learner.learn(1)
+    learner.begin()
+    method.model.to("meta")
+    (loss,) = method.extra_losses().values()
+    assert loss.is_meta
 
 
 def test_targets_that_do_not_fit_leave_the_model_alone() -> None:

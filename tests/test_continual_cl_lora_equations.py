@@ -9,6 +9,7 @@ from torch import Tensor
 from vits import Learner, TinyViT, batch, cl_lora
 
 from clora_kernels.continual import CLLoRA
+from clora_kernels.continual.cl_lora import row_weights
 
 LEFT_OUT = (
     "the reassignment",
@@ -93,3 +94,19 @@ def test_options_are_what_they_say(options: dict, leave_out: str) -> None:
 def test_the_comparison_tells_what_is_left_out(leave_out: str) -> None:
     with pytest.raises(AssertionError, match=r"not (close|equal)"):
         train_both(torch.float64, leave_out)
+
+
+def test_rows_are_weighed_by_their_length() -> None:
+    old = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(row_weights(old), torch.tensor([2.5, 0.0, 0.5]))
+    assert torch.equal(row_weights(torch.zeros(5, 2)), torch.ones(5))
+
+
+def test_a_teacher_of_zeros_weighs_every_row_alike() -> None:
+    """After a first task that moved nothing."""
+    learner = Learner(cl_lora(), lr=0.0)
+    learner.learn(1)
+    learner.lr = 0.3
+    learner.learn(1)
+    state = learner.method.state_dict()
+    assert all(t.isfinite().all() for t in state.values()) and state["layers.blocks.0.q.lora_B"].any()

@@ -224,6 +224,6 @@ def test_recomputed_activations_change_nothing(vit: nn.Module) -> None:
     # Its name since some version 5, and before.
     enable = getattr(recomputing, "activation_checkpointing_enable", None) or recomputing.gradient_checkpointing_enable
     enable()
-    assert recomputing.is_gradient_checkpointing
+    assert sum(getattr(m, "gradient_checkpointing", False) for m in recomputing.modules()) >= 5
     state = learn_on(recomputing).state_dict()
     assert all(torch.equal(t, state[k]) for k, t in plain.state_dict().items())

@@ -19,9 +19,10 @@ blocks put out (the forward ends there) through the model's last norm, its first
     task          CE over the task's classes + 1e-4·mean over earlier tasks i of |cos(μ_t, μ_i)|, μ_t all the block
                   weights of task t; everything moves
 
-Their μ holds a weight for the k projections too, which nothing uses: it counts in the cosine and decays; here they are
-``own["idle_weights"]``. Not published: a B_old that is all zero weighs every row 1 here, and the teacher runs in the
-mode of the student (dropout in the model draws for each of the two).
+Their μ holds a weight for the k projections too, which nothing uses: it counts in the cosine and decays; here these
+are ``own["idle_weights"]``. They train by SGD with momentum 0.9 and a rate that falls to zero along a cosine, both new
+in each task. Not published: a B_old that is all zero weighs every row 1 here, and the teacher runs in the mode of the
+student (dropout in the model draws for each of the two).
 """
 
 from __future__ import annotations
@@ -188,15 +189,16 @@ class CLLoRA(ContinualMethod):
                 idle.grad = torch.zeros_like(idle) if idle.grad is None else idle.grad
         elif self.reassignment:
             for name, layer in self.shared.items():
-                if layer.lora_B.grad is not None:
-                    layer.lora_B.grad *= row_weights(self.kept[f"teacher.{name}.lora_B"])[:, None]
+                if (grad := layer.lora_B.grad) is not None:
+                    grad *= row_weights(self.kept[f"teacher.{name}.lora_B"]).to(grad)[:, None]
 
     def extra_losses(self) -> dict[str, Tensor]:
         """The cosines of the block weights with those of earlier tasks; none in the first task."""
         if self.task < 2 or self.weight_penalty == 0:
             return {}
-        old = torch.stack([self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)])
-        return {"block_weights": self.weight_penalty * block_weight_penalty(self.block_weights(), old)}
+        weights = self.block_weights()
+        old = torch.stack([self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)]).to(weights)
+        return {"block_weights": self.weight_penalty * block_weight_penalty(weights, old)}
 
     # Boundary and inference
 
