@@ -79,7 +79,10 @@ def test_folding_ends_a_task(examples, stream) -> None:
     example, _ = examples
     model, layers = example.adapt(stream.backbone, 3)
     example.learn(model, stream.train[0])
-    learned, before = {n: layer.lora_A.detach().clone() for n, layer in layers.items()}, model(stream.test[0].images[:5])
+    learned, before = (
+        {n: layer.lora_A.detach().clone() for n, layer in layers.items()},
+        model(stream.test[0].images[:5]),
+    )
     old = example.fold(layers)
     torch.testing.assert_close(model(stream.test[0].images[:5]), before, rtol=1e-4, atol=1e-5)
     for name, layer in layers.items():

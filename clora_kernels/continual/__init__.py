@@ -1,19 +1,28 @@
 """Continual-learning methods on the package's layers, the protocol they share, and the metrics to compare them by."""
 
 from .checkpoint import SavedRun, load_run, save_run
+from .cl_lora import CLLoRA
 from .clora import CLoRA
 from .heads import CosineHead, Prototypes
 from .lora import RoutedLoRAMethod, SequentialLoRA
-from .losses import leading_left_singular_vectors, low_rank_norm, pairwise_overlap, routing_orthogonality
+from .losses import (
+    block_weight_penalty,
+    leading_left_singular_vectors,
+    low_rank_norm,
+    pairwise_overlap,
+    routing_orthogonality,
+    soft_cross_entropy,
+)
 from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summary, table
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
 from .protocol import ContinualMethod, TaskReport
 from .slao import SLAO
-from .vit import vit_targets
+from .vit import class_token_exit, vit_targets
 
 __all__ = [
     "SLAO",
+    "CLLoRA",
     "CLoRA",
     "ContinualMethod",
     "CosineHead",
@@ -24,6 +33,8 @@ __all__ = [
     "TaskAccuracies",
     "TaskReport",
     "assert_model_parity",
+    "block_weight_penalty",
+    "class_token_exit",
     "leading_left_singular_vectors",
     "load_run",
     "low_rank_norm",
@@ -34,6 +45,7 @@ __all__ = [
     "plot_forgetting_against_learning",
     "routing_orthogonality",
     "save_run",
+    "soft_cross_entropy",
     "summaries",
     "summary",
     "table",

@@ -159,8 +159,39 @@ class AttachedLayers:
             ValueError: layers or tensors that are missing, unexpected or of another shape.
             RuntimeError: the model's weights hold folded adapters already, which cannot be taken out again.
         """
+        adapters, own, kept = self._sorted(state)
+        for name, p in self.own.items():
+            if own[name].shape != p.shape:
+                raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
+        for name, tensors in adapters.items():
+            self.layers[name].check_adapter_state_dict(tensors)
+        folds = [fold for task in range(1, tasks + 1) for fold in self.folded(task, kept).items()]
+        for name, tensors in folds:
+            self.layers[name].check_mergeable()
+            self.layers[name].check_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
+        if self.has_folded:
+            raise RuntimeError(
+                "state: this model's weights hold folded adapters already; attach the method to the model as it was "
+                "before the first task"
+            )
+        for name, tensors in folds:
+            self.layers[name].load_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
+            self.layers[name].fold()
+        for name, tensors in adapters.items():
+            self.layers[name].load_adapter_state_dict(tensors)
+        for name, p in self.own.items():
+            p.copy_(own[name])
+        device = next(self.parameters()).device
+        self.kept = {k: v.to(device, copy=True) for k, v in kept.items()}
+
+    def _sorted(
+        self, state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """Adapters by layer, own parameters and what was kept, of what ``layer_state`` gave."""
         adapters: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
-        own, kept, strange = {}, {}, []
+        own: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        strange = []
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             layer = next((n for n in self.layers if rest.startswith(f"{n}.")), None) if kind == "layers" else None
@@ -175,28 +206,4 @@ class AttachedLayers:
         strange += [f"own.{n}" for n in own if n not in self.own]
         if missing or strange:
             raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
-        for name, p in self.own.items():
-            if own[name].shape != p.shape:
-                raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
-        for name, tensors in adapters.items():
-            self.layers[name].check_adapter_state_dict(tensors)
-        folds = [folded for task in range(1, tasks + 1) if (folded := self.folded(task, kept))]
-        for name, tensors in (item for folded in folds for item in folded.items()):
-            layer = self.layers[name]
-            layer.check_mergeable()
-            layer.check_adapter_state_dict({**layer.adapter_state_dict(), **tensors})
-        if self.has_folded:
-            raise RuntimeError(
-                "state: this model's weights hold folded adapters already; attach the method to the model as it was "
-                "before the first task"
-            )
-        for name, tensors in (item for folded in folds for item in folded.items()):
-            layer = self.layers[name]
-            layer.load_adapter_state_dict({**layer.adapter_state_dict(), **tensors})
-            layer.fold()
-        for name, tensors in adapters.items():
-            self.layers[name].load_adapter_state_dict(tensors)
-        for name, p in self.own.items():
-            p.copy_(own[name])
-        device = next(self.parameters()).device
-        self.kept = {k: v.to(device, copy=True) for k, v in kept.items()}
+        return adapters, own, kept

@@ -7,6 +7,12 @@ Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of wha
 Overlap of rows (O-LoRA), A the new rows and A_old those of earlier tasks:
 
     L = Σ_ij |A·A_oldᵀ|_ij               dL/dA = sign(A·A_oldᵀ)·A_old        sign(0) = 0
+
+Soft cross-entropy and block weights (CL-LoRA, CVPR 2025), p_z = softmax(z/τ) by rows, S rows:
+
+    L = −1/S·Σ p_t·log p_s               dL/ds = (p_s − p_t)/(τ·S)
+                                         dL/dt = p_t ⊙ (g − Σ p_t·g)/(τ·S), g = −log p_s
+    L = 1/T·Σ_i |cos(μ, μ_i)|            dL/dμ = 1/T·Σ_i sign(c_i)·(μ_i/(‖μ‖·‖μ_i‖) − c_i·μ/‖μ‖²), c_i = cos(μ, μ_i)
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import numbers
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,6 +58,38 @@ def pairwise_overlap(new: Tensor, old: Tensor) -> Tensor:
             f"{tuple(new.shape)}"
         )
     return (new @ old.mT).abs().sum()
+
+
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """−Σ softmax(target_logits/τ)·log softmax(logits/τ), the mean over rows; a 0-dim tensor, not multiplied by τ².
+    Gradients flow into both: detach the targets where they are given.
+
+    Args:
+        logits, target_logits: ``[..., classes]``.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if logits.shape != target_logits.shape:
+        raise ValueError(f"target_logits: got shape {tuple(target_logits.shape)}, expected {tuple(logits.shape)}")
+    wanted = F.softmax(target_logits / temperature, -1)
+    return -(wanted * F.log_softmax(logits / temperature, -1)).sum(-1).mean()
+
+
+def block_weight_penalty(weights: Tensor, old: Tensor) -> Tensor:
+    """Mean over tasks of |cos(weights, old_i)|; a 0-dim tensor. At right angles, and for weights that are zero, the
+    cosine is zero and the gradient that of torch's abs there, zero.
+
+    Args:
+        weights: μ ``[n]``.
+        old: those of earlier tasks, ``[T, n]``, T at least 1.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weights.dim() != 1 or old.dim() != 2 or old.shape[1:] != weights.shape or not len(old):
+        raise ValueError(f"old: got shape {tuple(old.shape)}, expected [T, n] for weights {tuple(weights.shape)}")
+    return F.cosine_similarity(weights, old, dim=-1).abs().mean()
 
 
 def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor:

@@ -1,6 +1,7 @@
 """The mutants, by the part of the code that they break."""
 
 from .aot import AOT
+from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dropout_mask import DROPOUT_MASK
@@ -85,4 +86,5 @@ MUTANTS: list[Mutant] = [
     *FORWARD_MODE,
     *CONTINUAL,
     *SLAO,
+    *CL_LORA,
 ]
