@@ -103,6 +103,15 @@ def test_trainers_logs_hold_the_means_of_the_extra_losses_and_a_listener_writes_
     assert not any("loss_orthogonality" in x for x in run.state.log_history if "loss" not in x)
 
 
+def test_gradients_are_adjusted_before_the_step(tmp_path) -> None:
+    method = folding("mapping", Classifier())
+    method.begin_task()
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer(method, ContinualCallback(method, end_task=False), data("mapping", 1), args).train()
+    for layer in method.layers.values():
+        assert not layer.lora_B[0].any() and layer.lora_B[1:].all()
+
+
 def test_a_task_may_go_on_after_training(tmp_path) -> None:
     method = clora("mapping", Classifier())
     callback = ContinualCallback(method, end_task=False)

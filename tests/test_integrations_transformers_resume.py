@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trainers import MODELS, Classifier, arguments, clora, data, folding, trainer
+from trainers import LR, MODELS, Classifier, arguments, clora, data, folding, trainer
 
 from clora_kernels.continual import load_run
 from clora_kernels.integrations.transformers import FILE, ContinualCallback
@@ -25,12 +25,12 @@ def start_second(make: Any, kind: str, base: nn.Module, folder: Path, **changed)
     return method, *second(method, kind, folder, heard, **changed)
 
 
-def second(method: Any, kind: str, folder: Path, heard: list, **changed) -> tuple[Any, list]:
+def second(method: Any, kind: str, folder: Path, heard: list, optimizer: Any = None, **changed) -> tuple[Any, list]:
     args = arguments(
         folder, num_train_epochs=2, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2,
         train_sampling_strategy="random", **changed,
     )  # fmt: skip
-    return trainer(method, ContinualCallback(method), data(kind, 2), args), heard
+    return trainer(method, ContinualCallback(method), data(kind, 2), args, optimizer), heard
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,8 @@ def test_weights_that_trainer_loads_are_not_folded_into_again(tmp_path) -> None:
     run.train()
     resumed, again = folding("mapping", base), []
     resumed.listeners.append(lambda *what: again.append(what))
-    resumed.task = 2  # what learns is that of the second task
-    run, _ = second(resumed, "mapping", tmp_path, again)
-    resumed.task = 0
+    learning = [p for layer in resumed.layers.values() for p in (layer.lora_B, layer.lora_A)]
+    run, _ = second(resumed, "mapping", tmp_path, again, torch.optim.SGD(learning, LR, momentum=0.9))
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again == heard[4:]
     expected, got = method.state_dict(), resumed.state_dict()
@@ -102,3 +101,19 @@ def test_a_checkpoint_elsewhere_is_named_and_another_one_refused(tmp_path) -> No
         with pytest.raises(error, match=message):
             run.train(resume_from_checkpoint=str(moved))
         assert (resumed.task, resumed.in_task, resumed.kept) == (0, False, {})
+
+
+def test_a_method_goes_back_to_its_own_checkpoint_unless_it_has_folded(tmp_path) -> None:
+    method, run, heard = start_second(clora, "mapping", Classifier(), tmp_path / "clora")
+    run.train()
+    expected = {k: v.clone() for k, v in method.state_dict().items()}
+    first = list(heard)
+    heard.clear()
+    run, _ = second(method, "mapping", tmp_path / "clora", heard)
+    run.train(resume_from_checkpoint=str(tmp_path / "clora" / "checkpoint-2"))
+    assert heard == first[2:] and all(torch.equal(expected[k], v) for k, v in method.state_dict().items())
+    method, run, heard = start_second(folding, "mapping", Classifier(), tmp_path / "folding")
+    run.train()
+    run, _ = second(method, "mapping", tmp_path / "folding", heard)
+    with pytest.raises(RuntimeError, match="hold folded adapters already; attach the method to the model as it was"):
+        run.train(resume_from_checkpoint=str(tmp_path / "folding" / "checkpoint-2"))

@@ -133,13 +133,13 @@ class ContinualCallback(TrainerCallback):
                 f"checkpoint: got {str(folder)!r}, whose adapters are not those that the model was loaded with, "
                 "expected the folder that Trainer resumes from"
             )
-        # The weights that Trainer loaded hold what was folded into them; the method folds it once more.
-        folded = any(key.startswith("kept.folded.") for key in state)
-        weights = {name: layer.weight.clone() for name, layer in layers.items()} if folded else {}
-        if not (here.keys() == state.keys() and all(torch.equal(here[key], state[key].to(here[key])) for key in here)):
+        if here.keys() != state.keys() or not all(torch.equal(here[key], state[key].to(here[key])) for key in here):
+            # The weights that Trainer loaded hold what was folded into them; the method folds it once more.
+            folded = any(key.startswith("kept.folded.") for key in state)
+            weights = {name: layer.weight.clone() for name, layer in layers.items()} if folded else {}
             self.method.load_state_dict(state)
-        for name, weight in weights.items():
-            layers[name].weight.copy_(weight)
+            for name, weight in weights.items():
+                layers[name].weight.copy_(weight)
         if over:  # else Trainer sets the generators before the first batch
             SavedRun(states["objects"], states["rng"]).restore()
 

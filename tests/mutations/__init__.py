@@ -40,6 +40,7 @@ from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
 from .slao import SLAO
+from .trainer import TRAINER
 from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -85,4 +86,5 @@ MUTANTS: list[Mutant] = [
     *FORWARD_MODE,
     *CONTINUAL,
     *SLAO,
+    *TRAINER,
 ]
