@@ -151,6 +151,15 @@ def test_the_outputs_do_not_change_at_the_boundary(make) -> None:
         torch.testing.assert_close(method.model(x), live)
 
 
+def test_a_new_pair_starts_as_lora_does(make) -> None:
+    method = make(Net())
+    train(method, begin(method))
+    before = pairs(method)
+    method.end_task()
+    for name, (A, B) in pairs(method).items():
+        assert A.any() and not B.any() and not torch.equal(A, before[name][0])
+
+
 def test_a_task_that_learns_nothing_changes_nothing(make) -> None:
     base, x = Net(), batch(9, 9)[0]
     method = make(copy.deepcopy(base))

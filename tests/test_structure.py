@@ -25,10 +25,11 @@ PARTS = [
     "report",
     "clora_kernels",
     "testing",
+    "continual",
+    "integrations",
 ]
-USERS = ["continual", "integrations"]  # of everything below, each on its own
 ENTRIES = ["selftest", "tune", "__main__"]
-RANK = {part: rank for rank, part in enumerate([*PARTS, "users", *ENTRIES])}
+RANK = {part: rank for rank, part in enumerate([*PARTS, *ENTRIES])}
 
 OPERATIONS = ["gram_schmidt", "rank1_experts", "routed_lora"]
 WITHOUT = {"modules": {"gram_schmidt"}}  # it has no parameters
@@ -99,8 +100,7 @@ def part_of(module: str) -> str:
 
 
 def rank_of(module: str) -> int:
-    part = part_of(module)
-    return RANK["users" if part in USERS else part]
+    return RANK[part_of(module)]
 
 
 def test_imports_go_downwards():

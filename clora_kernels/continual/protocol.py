@@ -20,8 +20,8 @@ what they do by default)::
 
 A method keeps what it carries from task to task in adapters, in the parameters ``self.own`` and in ``self.kept``, a
 flat dict of tensors; all are in ``state_dict``, so that a method in one file need not write saving and loading. A
-training loop of one's own calls ``extra_losses`` and ``adjust_gradients`` where ``training_step`` does. Loggers are
-functions in ``self.listeners``.
+training loop of one's own calls ``extra_losses``, ``adjust_gradients`` and ``tell`` where ``training_step`` does.
+Loggers are functions in ``self.listeners``.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class ContinualMethod(AttachedLayers):
             self.task, self.in_task, self.head = self.task - 1, False, None
             raise
         self._mark_trainable()
-        self._tell("begin", {})
+        self.tell("begin", {})
 
     def training_step(
         self, inputs: Any, task_loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
@@ -223,7 +223,7 @@ class ContinualMethod(AttachedLayers):
             losses[name] = extra.detach()
             loss = loss + extra
         self._step("task", loss, optimizer)
-        self._tell("step", losses)
+        self.tell("step", losses)
         return losses
 
     def _step(self, name: str, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -246,10 +246,11 @@ class ContinualMethod(AttachedLayers):
             measures = self.on_task_end()
         self.in_task, self.head = False, None
         report = TaskReport(self.task, trained, sum(t.numel() for t in self.layer_state().values()), measures)
-        self._tell("end", {"trainable": report.trainable, "stored": report.stored, **measures})
+        self.tell("end", {"trainable": report.trainable, "stored": report.stored, **measures})
         return report
 
-    def _tell(self, event: str, values: Mapping[str, Any]) -> None:
+    def tell(self, event: str, values: Mapping[str, Any]) -> None:
+        """Call the listeners; a training loop of one's own tells "step", ``training_step`` tells it itself."""
         for listener in self.listeners:
             listener(event, self.task, values)
 

@@ -41,6 +41,7 @@ from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
 from .slao import SLAO
+from .trainer import TRAINER
 from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -87,4 +88,5 @@ MUTANTS: list[Mutant] = [
     *CONTINUAL,
     *SLAO,
     *CL_LORA,
+    *TRAINER,
 ]
