@@ -2,9 +2,11 @@
 
 from .checkpoint import SavedRun, load_run, save_run
 from .clora import CLoRA
+from .dac import DAC
+from .dac_layer import DACLinear
 from .heads import CosineHead, Prototypes
 from .lora import RoutedLoRAMethod, SequentialLoRA
-from .losses import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import absolute_overlap, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
 from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summary, table
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
@@ -12,15 +14,18 @@ from .protocol import ContinualMethod, TaskReport
 from .vit import vit_targets
 
 __all__ = [
+    "DAC",
     "CLoRA",
     "ContinualMethod",
     "CosineHead",
+    "DACLinear",
     "Prototypes",
     "RoutedLoRAMethod",
     "SavedRun",
     "SequentialLoRA",
     "TaskAccuracies",
     "TaskReport",
+    "absolute_overlap",
     "assert_model_parity",
     "leading_left_singular_vectors",
     "load_run",

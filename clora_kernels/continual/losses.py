@@ -3,6 +3,10 @@ r"""Losses that keep tasks apart, and the small linear algebra around them.
 Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of what the old routing R_old uses:
 
     L = Σ_layers ‖Qᵀ·R_δ‖²_F             dL/dR_δ = 2·Q·Qᵀ·R_δ
+
+Absolute overlap (the AGO loss of DAC, arXiv 2601.22828) of columns B with the columns O of earlier tasks:
+
+    L = Σ|Bᵀ·O|                          dL/dB = O·sign(Bᵀ·O)ᵀ, with sign(0) = 0
 """
 
 from __future__ import annotations
@@ -29,6 +33,21 @@ def routing_orthogonality(routing: Tensor, basis: Tensor) -> Tensor:
             f"routing, {tuple(routing.shape)}"
         )
     return (basis.mT @ routing).square().sum()
+
+
+def absolute_overlap(columns: Tensor, old: Tensor) -> Tensor:
+    """Σ|columnsᵀ·old|, a 0-dim tensor. Where a column is orthogonal to an old one, or zero, the subgradient 0 counts.
+
+    Args:
+        columns: ``[N, c]``, what learns.
+        old: ``[N, m]``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if columns.dim() != 2 or old.dim() != 2 or columns.shape[0] != old.shape[0]:
+        raise ValueError(f"old: got shape {tuple(old.shape)}, expected [N, m] beside columns {tuple(columns.shape)}")
+    return (columns.mT @ old).abs().sum()
 
 
 def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor:
