@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clora_kernels.continual import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from clora_kernels.continual import (
+    absolute_overlap,
+    leading_left_singular_vectors,
+    low_rank_norm,
+    routing_orthogonality,
+)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -41,6 +46,30 @@ def test_routing_orthogonality_sees_the_output_side_of_the_basis_only() -> None:
 def test_a_basis_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="basis: got shape"):
         routing_orthogonality(torch.zeros(3, 4, 4), torch.zeros(shape))
+
+
+def test_absolute_overlap_and_its_gradient() -> None:
+    B, old = normal(6, 2).requires_grad_(), normal(6, 5)
+    loss = absolute_overlap(B, old)
+    assert loss.item() == pytest.approx(sum(abs(float(b @ o)) for b in B.detach().T for o in old.T), rel=1e-12)
+    (dB,) = torch.autograd.grad(loss, B)
+    torch.testing.assert_close(dB, old @ torch.sign(B.detach().mT @ old).mT)
+    assert (B.mT @ old).abs().min() > 1e-3  # away from where it bends
+    assert torch.autograd.gradcheck(absolute_overlap, (B, old.requires_grad_()))
+
+
+def test_absolute_overlap_of_what_is_orthogonal_or_zero_has_the_gradient_zero() -> None:
+    B, old = torch.zeros(4, 3), torch.eye(4)[:, :2].contiguous()
+    B[2, 0], B[0, 2] = 5.0, -2.0
+    loss = absolute_overlap(B.requires_grad_(), old)
+    loss.backward()
+    assert loss == 2 and B.grad[:, :2].eq(0).all() and B.grad[:, 2].tolist() == [-1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("shapes", [((4, 2), (3, 2)), ((4,), (4, 2)), ((4, 2), (4,))], ids=str)
+def test_columns_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="old: got shape"):
+        absolute_overlap(*map(torch.zeros, shapes))
 
 
 def test_leading_vectors_are_the_fewest_that_hold_the_energy() -> None:
