@@ -169,14 +169,13 @@ class DACLinear(RoutedLoRALinear):
         The router needs the mask of the first tokens alone. The operator that draws it knows no strides, and a call
         for each sample would be as many launches on a GPU; so it is taken from the mask of all of x.
         """
-        learns = self.weights == "probability"
-        with without_autocast(x), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        with without_autocast(x):
             c = first_tokens(x).to(self.router.weight.dtype)
             scores = self.router(c if mask is None else c * first_tokens(mask) * self._kept_value())
         own = top_experts(scores, self.k)  # softmax keeps their order
         counts = activations(own, self.r)
         used = own if self.selection == "sample" else top_experts(counts, self.k)
-        if not learns:
+        if self.weights == "unit":
             return Chosen(used, None), counts
         used = used.expand(own.shape)
         return Chosen(used, scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).gather(-1, used)), counts

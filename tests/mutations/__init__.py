@@ -3,6 +3,7 @@
 from .aot import AOT
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
+from .dac import DAC
 from .dropout_mask import DROPOUT_MASK
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
@@ -83,4 +84,5 @@ MUTANTS: list[Mutant] = [
     *EXTENSION,
     *FORWARD_MODE,
     *CONTINUAL,
+    *DAC,
 ]

@@ -91,6 +91,8 @@ _CHOOSING = mutants_of(
         ("counts-once", "an expert that a sample chose twice counts once",
          "scatter_add_(0, positions, torch.ones_like(positions))",
          "scatter_(0, positions, torch.ones_like(positions))"),
+        ("counts-not-compiled", "nothing is counted where the layer is compiled",
+         "return not torch.compiler.is_compiling() and torch._C", "return torch.compiler.is_compiling() or torch._C"),
         ("batch-of-samples", "samples of a batch keep their own choice",
          '        if selection == "batch":\n            indices',
          '        if selection == "none":\n            indices'),
