@@ -56,7 +56,7 @@ class Rank1ExpertLinear(AdapterLinear):
             too; fp32 under a 16-bit weight, else the weight's.
         backend: as in :func:`clora_kernels.rank1_experts`.
 
-    DAC (arXiv 2601.22828) is selection="batch", weights="unit", and ``fold`` where a task ends.
+    DAC (arXiv 2601.22828) computes selection="batch", weights="unit"; the method is ``clora_kernels.continual.DAC``.
 
     Raises:
         ValueError, TypeError: experts < 1, a k that is not from 1 to E, a scoring that cannot be called or is of
