@@ -246,7 +246,7 @@ def test_targets_that_do_not_fit_leave_the_model_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"distillation": -1.0}, ValueError, r"distillation: got -1\.0, expected a finite number of at least 0"),
+        ({"distillation": -1.0}, ValueError, r"distillation: got -1\.0, expected a finite weight of at least 0"),
         ({"distillation": math.inf}, ValueError, "distillation: got inf"),
         ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0, expected a finite number above 0"),
         ({"temperature": math.nan}, ValueError, "temperature: got nan"),

@@ -90,11 +90,13 @@ def test_tasks_begin_and_end_in_turn() -> None:
 
 
 def test_what_learns_in_which_task() -> None:
-    for name, later in (
-        ("lora", 4),
-        ("lora of the first task", 0),
-        ("c-lora", 6),
-        ("c-lora, first factors", 2),
+    for name, first, later in (
+        ("lora", 4, 4),
+        ("lora of the first task", 4, 0),
+        ("c-lora", 6, 6),
+        ("c-lora, first factors", 6, 2),
+        ("dac", 4, 4),
+        ("dac by sample", 8, 8),
     ):
         method = METHODS[name](Net())
         counts = []
@@ -103,18 +105,23 @@ def test_what_learns_in_which_task() -> None:
             assert {id(p) for p in method.trainable()} == {id(p) for p in method.model.parameters() if p.requires_grad}
             counts.append(len(method.trainable()))
             method.end_task()
-        assert counts == [6 if "c-" in name else 4, later, later], name
+        assert counts == [first, later, later], name
     assert SequentialLoRA(Net(), TARGETS, train="never").trainable() == []
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_does_not_grow_with_tasks(name: str) -> None:
+def test_memory_grows_by_what_is_folded_alone(name: str) -> None:
+    """The frozen weights are not saved, so what went into them is: of DAC, A, B and the counts of every task. SLAO has
+    two pairs, however many tasks."""
     reports = learn(METHODS[name](Net()), 1) if "lora of" in name else learn(METHODS[name](Net()), 4)
-    adapters = 4 * (6 + 9) + 4 * (9 + 5) + (4 * 16 if "c-" in name else 0)
-    assert {r.stored for r in reports} == {adapters * (2 if name == "slao" else 1)}
+    pairs = 4 * (6 + 9) + 4 * (9 + 5)
+    routers, counts = (4 * (6 + 1) + 4 * (9 + 1), 2 * 4) if "dac" in name else (0, 0)
+    adapters = pairs * (2 if name == "slao" else 1) + (4 * 16 if "c-" in name else 0) + routers + counts
+    folded = pairs + counts if "dac" in name else 0
+    assert [r.stored for r in reports] == [adapters + r.task * folded for r in reports]
 
 
-@pytest.mark.parametrize("name", ["lora", "c-lora"])
+@pytest.mark.parametrize("name", ["lora", "c-lora", "dac"])
 def test_inference_is_one_merged_weight_and_leaves_no_trace(name: str) -> None:
     method = METHODS[name](Net())
     learn(method, 2)

@@ -3,6 +3,8 @@
 from .checkpoint import SavedRun, load_run, save_run
 from .cl_lora import CLLoRA
 from .clora import CLoRA
+from .dac import DAC
+from .dac_layer import DACLinear
 from .heads import CosineHead, Prototypes
 from .lora import RoutedLoRAMethod, SequentialLoRA
 from .losses import (
@@ -21,11 +23,13 @@ from .slao import SLAO
 from .vit import class_token_exit, vit_targets
 
 __all__ = [
+    "DAC",
     "SLAO",
     "CLLoRA",
     "CLoRA",
     "ContinualMethod",
     "CosineHead",
+    "DACLinear",
     "Prototypes",
     "RoutedLoRAMethod",
     "SavedRun",

@@ -40,7 +40,7 @@ from ..modules.inject import Targets, inject
 from ..modules.routed_lora import RoutedLoRALinear
 from .attached import Adapters
 from .blocks import blocks_with, computed_once, output_of
-from .losses import block_weight_penalty, check_number, soft_cross_entropy
+from .losses import block_weight_penalty, check_number, check_weight, soft_cross_entropy
 from .protocol import ContinualMethod
 from .vit import class_token_exit, vit_targets
 
@@ -89,12 +89,11 @@ class CLLoRA(ContinualMethod):
         exit: Callable[[nn.Module, Tensor], Tensor] = class_token_exit,
         backend: str = "auto",
     ) -> None:
-        numbers = {"distillation": distillation, "temperature": temperature, "weight_penalty": weight_penalty}
-        for name, value in numbers.items():
-            check_number(name, value)
-            if not 0 <= value < math.inf or (name == "temperature" and value == 0):
-                least = "above" if name == "temperature" else "of at least"
-                raise ValueError(f"{name}: got {value!r}, expected a finite number {least} 0")
+        check_weight("distillation", distillation)
+        check_weight("weight_penalty", weight_penalty)
+        check_number("temperature", temperature)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: got {temperature!r}, expected a finite number above 0")
         if isinstance(idle_weights, bool) or not isinstance(idle_weights, int) or idle_weights < 0:
             raise ValueError(f"idle_weights: got {idle_weights!r}, expected a number of weights, an int of at least 0")
         self.distillation, self.temperature, self.reassignment = distillation, temperature, reassignment

@@ -29,7 +29,7 @@ from ..autograd.gram_schmidt import orthonormal_basis
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
 from .lora import RoutedLoRAMethod
-from .losses import check_fraction, check_number, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import check_fraction, check_weight, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
 
 BASES = ("leading", "full", "raw")
 TRAIN_FACTORS = ("always", "first_task")
@@ -72,9 +72,7 @@ class CLoRA(RoutedLoRAMethod):
         for name, value, known in (("basis", basis, BASES), ("train_factors", train_factors, TRAIN_FACTORS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-        check_number("orthogonality", orthogonality)
-        if not 0 <= orthogonality < math.inf:
-            raise ValueError(f"orthogonality: got {orthogonality!r}, expected a finite weight of at least 0")
+        check_weight("orthogonality", orthogonality)
         check_fraction("energy", energy)
         self.orthogonality, self.basis, self.energy = orthogonality, basis, energy
         self.train_factors = train_factors

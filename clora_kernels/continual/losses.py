@@ -4,7 +4,7 @@ Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of wha
 
     L = Σ_layers ‖Qᵀ·R_δ‖²_F             dL/dR_δ = 2·Q·Qᵀ·R_δ
 
-Overlap of rows (O-LoRA), A the new rows and A_old those of earlier tasks:
+Overlap of rows (of A: O-LoRA; of Bᵀ: AGO of DAC, arXiv 2601.22828), A the new rows and A_old those of earlier tasks:
 
     L = Σ_ij |A·A_oldᵀ|_ij               dL/dA = sign(A·A_oldᵀ)·A_old        sign(0) = 0
 
@@ -17,6 +17,7 @@ Soft cross-entropy and block weights (CL-LoRA, CVPR 2025), p_z = softmax(z/τ) b
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -120,6 +121,13 @@ def check_fraction(name: str, value: float) -> None:
     check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value!r}, expected a fraction from 0 to 1")
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise, naming the argument, TypeError for what is no number and ValueError for one that no loss is weighed by."""
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, expected a finite weight of at least 0")
 
 
 def check_number(name: str, value: float) -> None:

@@ -4,6 +4,7 @@ from .aot import AOT
 from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
+from .dac import DAC
 from .dropout_mask import DROPOUT_MASK
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
@@ -89,4 +90,5 @@ MUTANTS: list[Mutant] = [
     *SLAO,
     *CL_LORA,
     *TRAINER,
+    *DAC,
 ]

@@ -102,12 +102,8 @@ CONTINUAL += mutants_of(
     "clora",
     ("tests/test_continual_clora.py",),
     [
-        ("weight-unchecked", "a weight that is no number is not told",
-         '        check_number("orthogonality", orthogonality)\n', ""),
-        ("weight-not-a-number", "a weight of NaN is not refused",
-         "if not 0 <= orthogonality < math.inf:", "if orthogonality < 0 or orthogonality == math.inf:"),
-        ("weight-infinite", "an infinite weight is not refused",
-         "if not 0 <= orthogonality < math.inf:", "if not 0 <= orthogonality:"),
+        ("weight-unchecked", "a weight that no loss is weighed by is not told",
+         '        check_weight("orthogonality", orthogonality)\n', ""),
         ("energy-unchecked-at-first", "a wrong energy is told when a task ends",
          '        check_fraction("energy", energy)\n', ""),
     ],
@@ -125,5 +121,18 @@ CONTINUAL += mutants_of(
          'if structure.keys() != {"method", "rng", "objects"}:', "if structure is None:"),
         ("file-without-metadata", "a file without metadata is not told",
          '(file.metadata() or {}).get("structure", "{}")', 'file.metadata()["structure"]'),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/losses.py",
+    "weight",
+    ("tests/test_continual_clora.py", "tests/test_continual_dac.py"),
+    [
+        ("no-number", "a weight that is no number is not told",
+         "    check_number(name, value)\n    if not 0 <= value < math.inf:", "    if not 0 <= value < math.inf:"),
+        ("not-a-number", "a weight of NaN is not refused",
+         "if not 0 <= value < math.inf:", "if value < 0 or value == math.inf:"),
+        ("infinite", "an infinite weight is not refused",
+         "if not 0 <= value < math.inf:", "if not 0 <= value:"),
     ],
 )  # fmt: skip
