@@ -9,6 +9,7 @@ from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summ
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
 from .protocol import ContinualMethod, TaskReport
+from .run_directory import RunDirectory
 from .vit import vit_targets
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CosineHead",
     "Prototypes",
     "RoutedLoRAMethod",
+    "RunDirectory",
     "SavedRun",
     "SequentialLoRA",
     "TaskAccuracies",

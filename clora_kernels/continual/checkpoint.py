@@ -72,6 +72,19 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
         FileNotFoundError: no such file.
         ValueError: a file of something else, or of another method or model.
     """
+    states = read_states(path)
+    method.load_state_dict(states["method"])
+    return SavedRun(states["objects"], states["rng"])
+
+
+def read_states(path: str | Path) -> dict[str, Any]:
+    """What :func:`save_run` wrote: the states of the method, of the further objects by name, and of the generators.
+
+    Raises:
+        ImportError: without safetensors.
+        FileNotFoundError: no such file.
+        ValueError: a file of something else.
+    """
     require("safetensors")
     from safetensors import SafetensorError, safe_open
 
@@ -85,9 +98,7 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
         raise ValueError(f"path: got {str(path)!r}, which cannot be read: {error}") from None
     if structure.keys() != {"method", "rng", "objects"}:
         raise ValueError(f"path: got {str(path)!r} without a run in it, expected a file that save_run wrote")
-    states = {name: _decode(code, tensors) for name, code in structure.items()}
-    method.load_state_dict(states["method"])
-    return SavedRun(states["objects"], states["rng"])
+    return {name: _decode(code, tensors) for name, code in structure.items()}
 
 
 def _random_state() -> dict[str, Tensor]:
