@@ -39,6 +39,7 @@ from .routed_lora_triton_common import TRITON_COMMON
 from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
+from .run_directory import RUN_DIRECTORY
 from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -83,4 +84,5 @@ MUTANTS: list[Mutant] = [
     *EXTENSION,
     *FORWARD_MODE,
     *CONTINUAL,
+    *RUN_DIRECTORY,
 ]
