@@ -37,7 +37,12 @@ RUN_DIRECTORY = mutants_of(
             "        self._write_losses(method.task)\n        # The log",
             "        # The log",
         ),
-        ("losses-lost-at-end", "the last steps of a task are not told", "        self._write_losses(task)\n        if event", "        if event"),
+        (
+            "losses-lost-at-end",
+            "the last steps of a task are not told",
+            "        self._write_losses(task)\n        if event",
+            "        if event",
+        ),
         (
             "last-in-place-of-mean",
             "the last loss in place of the mean",
@@ -50,7 +55,12 @@ RUN_DIRECTORY = mutants_of(
             "means = torch.stack([torch.stack(of_one).double().mean() for of_one in by_name.values()]).tolist()",
             "means = [torch.stack(of_one).double().mean().tolist() for of_one in by_name.values()]",
         ),
-        ("steps-of-all-tasks", "steps are counted over all tasks", '        if event == "begin":\n            self.step = 0\n', ""),
+        (
+            "steps-of-all-tasks",
+            "steps are counted over all tasks",
+            '        if event == "begin":\n            self.step = 0\n',
+            "",
+        ),
         (
             "config-unchecked",
             "a run is resumed with another config",
@@ -64,7 +74,12 @@ RUN_DIRECTORY = mutants_of(
             "for key in sorted(theirs.keys())",
         ),
         ("version-unchecked", "a log of another version is taken", "if version != VERSION:", "if version is None:"),
-        ("not-replaced", "a started run is started over", "if there and not resume:", "if self.checkpoint_file in there and not resume:"),
+        (
+            "not-replaced",
+            "a started run is started over",
+            "if there and not resume:",
+            "if self.checkpoint_file in there and not resume:",
+        ),
         ("nan-as-it-is", "NaN is written as it is, which is no JSON", "not math.isfinite(value)", "math.isinf(value)"),
         ("missing-task", "results that lack a task are made up", "        if missing:\n", "        if False:\n"),
         (
@@ -74,7 +89,7 @@ RUN_DIRECTORY = mutants_of(
             'torch.tensor(tests[1]["samples"])',
         ),
     ],
-)  # fmt: skip
+)
 
 RUN_DIRECTORY += mutants_of(
     "clora_kernels/continual/protocol.py",
@@ -126,7 +141,7 @@ RUN_DIRECTORY += mutants_of(
 RUN_DIRECTORY += mutants_of(
     "examples/continual_run.py",
     "example-run",
-    ("tests/test_examples_continual_text.py", "tests/test_examples_continual_vit.py"),
+    ("tests/test_examples_continual_run.py", "tests/test_examples_continual_text.py"),
     [
         (
             "generators-not-restored",
@@ -134,8 +149,23 @@ RUN_DIRECTORY += mutants_of(
             "            saved.restore(**course.kept)\n    for",
             "            saved\n    for",
         ),
-        ("begins-at-zero", "a resumed task makes all its steps again", "range(run.step, lesson.steps)", "range(lesson.steps)"),
-        ("same-order", "every epoch has the same order", "generator=generator(*what, epoch)", "generator=generator(*what)"),
-        ("last-batch-lost", "a smaller last batch is left out", "divmod(step, -(-samples // batch))", "divmod(step, samples // batch)"),
+        (
+            "begins-at-zero",
+            "a resumed task makes all its steps again",
+            "range(run.step, lesson.steps)",
+            "range(lesson.steps)",
+        ),
+        (
+            "same-order",
+            "every epoch has the same order",
+            "generator=generator(*what, epoch)",
+            "generator=generator(*what)",
+        ),
+        (
+            "last-batch-lost",
+            "a smaller last batch is left out",
+            "divmod(step, -(-samples // batch))",
+            "divmod(step, samples // batch)",
+        ),
     ],
-)  # fmt: skip
+)
