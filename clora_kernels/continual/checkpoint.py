@@ -78,12 +78,10 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
 
 
 def read_states(path: str | Path) -> dict[str, Any]:
-    """What :func:`save_run` wrote: the states of the method, of the further objects by name, and of the generators.
+    """What :func:`save_run` wrote: "method", its ``state_dict()``, "objects" and "rng".
 
     Raises:
-        ImportError: without safetensors.
-        FileNotFoundError: no such file.
-        ValueError: a file of something else.
+        As :func:`load_run`, of the file.
     """
     require("safetensors")
     from safetensors import SafetensorError, safe_open
