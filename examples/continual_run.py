@@ -163,7 +163,13 @@ def parser_of(doc: str, methods: tuple[str, ...], presets: Mapping[str, Mapping[
     add("--lr", type=float)
     add("--weight-decay", type=float)
     add("--r", type=int, help="rank (default: the method's own)")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a further option of the method, as in Python")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further option of the method (JSON, or a text)",
+    )
     add("--seed", type=int)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")

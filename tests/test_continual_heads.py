@@ -70,3 +70,5 @@ def test_prototypes_are_saved_and_loaded() -> None:
     assert len(state["means"]) == len(state["classes"]) == len(loaded.means) == 2
     with pytest.raises(ValueError, match=r"the classes \[5\] of an earlier task"):
         loaded.add_task(torch.randn(1, 4), torch.tensor([5]))
+    loaded.add_task(torch.randn(1, 4), torch.tensor([7]))
+    assert len(state["means"]) == len(state["classes"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from clora_kernels import continual
 from clora_kernels.continual import ContinualMethod, RunDirectory
+from clora_kernels.continual.checkpoint import read_states
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CLASSES = ("ape", "bee", "cat", "dog")
@@ -86,13 +89,22 @@ def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
     patch.setattr(ContinualMethod, "training_step", counted)
 
 
-@pytest.mark.parametrize(
-    ("method", "more"), [("c-lora", ["--dtype", "bfloat16"]), ("lora", ["--set", "dropout_p=0.25", "--r", "4"])]
-)
-def test_a_run_that_is_stopped_and_resumed_is_the_run(example, model, data, tmp_path, capsys, method, more) -> None:
+RUNS = {
+    "c-lora": ("CLoRA", ["--dtype", "bfloat16"]),
+    "lora": ("SequentialLoRA", ["--set", "dropout_p=0.25", "--r", "4"]),
+    "cl-lora": ("CLLoRA", ["--dtype", "bfloat16", "--set", "reassignment=false"]),
+    "dac": ("DAC", ["--set", "selection=sample"]),
+    "slao": ("SLAO", ["--set", "dropout_p=0.25", "--lr", "0.01"]),
+}
+
+
+@pytest.mark.parametrize("method", [name for name, (of, _) in RUNS.items() if hasattr(continual, of)])
+def test_a_run_that_is_stopped_and_resumed_is_the_run(example, model, data, tmp_path, capsys, method) -> None:
+    _, more = RUNS[method]
     example.main(arguments(model, data, tmp_path / "whole", *more, method=method))
     whole = capsys.readouterr().out
-    assert f"2 tasks of 2 classes, 40 images to learn from, 16 to test on; {method} on 8 layers" in whole
+    layers = 24 if method == "dac" else 8
+    assert f"2 tasks of 2 classes, 40 images to learn from, 16 to test on; {method} on {layers} layers" in whole
     assert "task 2: " in whole and "after task 2: " in whole and f"\n| {method}" in whole
     expected = (tmp_path / "whole" / "checkpoint.safetensors").read_bytes()
     # 6 steps a task: in the first of the second task, between two checkpoints of it, before any checkpoint.
@@ -108,8 +120,6 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run(example, model, data, tmp_
         assert told(out) == told(tmp_path / "whole") and resumed.splitlines()[-1] == whole.splitlines()[-1]
         assert ("resumed: " in resumed) == (call > 2)
         # Method, class means and random generators, bit for bit, and how long the log is, but for its times.
-        from clora_kernels.continual.checkpoint import read_states
-
         ends = [read_states(f / "checkpoint.safetensors") for f in (out, tmp_path / "whole")]
         for state in ends:
             state["objects"].pop("run_directory")
@@ -125,10 +135,23 @@ def test_what_a_run_found_is_in_its_log(example, model, data, tmp_path, capsys) 
     assert found.accuracy[1, 1] <= found.task_masked[1] and found.task_masked.min() > 0.5
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["names"], config["samples"], config["optimizer"]) == (list(CLASSES), [40, 16], "sgd")
+    # A run that has ended has nothing left to do.
+    example.main([*arguments(model, data, tmp_path), "--resume"])
+    assert "resumed: after task 2, step 6\n| method" in capsys.readouterr().out
     steps = [line["values"] for line in run.lines("step")]
     assert {s["of"] for s in steps} <= {1, 2, 3} and sum(s["of"] for s in steps) == 12
-    # The schedule of every task ends at zero.
-    assert steps[-1]["losses"]["task"] < 1.0
+    assert len(steps) == 8 and steps[-1]["losses"]["task"] < steps[4]["losses"]["task"]
+
+
+def test_the_schedule_is_a_cosine_over_the_epochs(example, model, data, tmp_path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 14)
+        with pytest.raises(SystemExit):
+            example.main(arguments(model, data, tmp_path, "--save-every", "1", "--lr-end", "0.02", "--epochs", "3"))
+    objects = read_states(tmp_path / "checkpoint.safetensors")["objects"]
+    # Nine steps of the first task, then four of the second: one of three epochs is over.
+    assert objects["run_directory"]["step"] == 4
+    assert objects["schedule"]["_last_lr"] == pytest.approx([0.02 + 0.08 * (1 + math.cos(math.pi / 3)) / 2] * 3)
 
 
 def test_the_command_by_itself(model, data, tmp_path) -> None:

@@ -8,7 +8,7 @@ it stands.
 The checkpoint is the one truth: it is replaced in one piece and holds the length that the log had. What the log says
 beyond it (a run was killed between two checkpoints, or within a line) is cut off on loading, and those steps are done
 again: log and results of a resumed run are those of one that was never stopped, but for the times and for a line
-"resume".
+"resume". One process at a time writes into a folder.
 """
 
 from __future__ import annotations
