@@ -143,6 +143,32 @@ def test_what_a_run_found_is_in_its_log(example, model, data, tmp_path, capsys) 
     assert len(steps) == 8 and steps[-1]["losses"]["task"] < steps[4]["losses"]["task"]
 
 
+def test_a_test_that_is_told_the_task_looks_at_its_classes_alone(example, model, data, tmp_path) -> None:
+    """Where a class of the second task looks like one of the first, on which it is lost else."""
+    first, second = (example.class_order(4, 1993)[i] for i in (0, 2))
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part / CLASSES[second])
+        shutil.copytree(folder / part / CLASSES[first], folder / part / CLASSES[second])
+    example.main(arguments(model, folder, tmp_path / "out", "--set", "train=never", method="lora"))
+    found = RunDirectory(tmp_path / "out").accuracies()
+    assert found.accuracy[1, 1] <= 0.5 < found.task_masked[1]
+
+
+def test_every_step_sees_crops_of_its_own(example, model, data, tmp_path) -> None:
+    seeds: list[int] = []
+    training = example.Pixels.training
+
+    def seen(self: Any, source: Any, random: torch.Generator) -> torch.Tensor:
+        seeds.append(random.initial_seed())
+        return training(self, source, random)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example.Pixels, "training", seen)
+        example.main(arguments(model, data, tmp_path))
+    assert len(seeds) == 2 * 2 * 20 and len(set(seeds)) == 2 * 2 * 3
+
+
 def test_the_schedule_is_a_cosine_over_the_epochs(example, model, data, tmp_path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 14)

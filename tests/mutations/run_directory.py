@@ -169,3 +169,114 @@ RUN_DIRECTORY += mutants_of(
         ),
     ],
 )
+
+RUN_DIRECTORY += mutants_of(
+    "examples/texts.py",
+    "example-texts",
+    ("tests/test_examples_texts.py", "tests/test_examples_continual_text.py"),
+    [
+        (
+            "any-token-right",
+            "an answer is exact where one of its tokens is",
+            "((scores.argmax(-1) == labels) | (labels == IGNORED)).all(1)",
+            "(scores.argmax(-1) == labels).any(1)",
+        ),
+        (
+            "prompt-learned",
+            "the prompt's last token is among those that are learned",
+            "rows[2, i, len(prompt) : end] = torch.tensor(answer)",
+            "rows[2, i, len(prompt) - 1 : end] = torch.tensor(prompt[-1:] + answer)",
+        ),
+        (
+            "padding-seen",
+            "padding is attended to as the text is",
+            "rows[1], rows[2] = 0, IGNORED",
+            "rows[1], rows[2] = 1, 0",
+        ),
+        ("no-end", "answers have no end", "for byte in text.encode()), self.eos]", "for byte in text.encode())]"),
+        (
+            "start-kept",
+            "of a prompt that is too long the start is kept",
+            "prompt[:1] + prompt[len(prompt) - room + 1 :]",
+            "prompt[:room]",
+        ),
+        (
+            "lines-misnumbered",
+            "lines are counted from 0",
+            "for number, line in enumerate(lines, 1)",
+            "for number, line in enumerate(lines)",
+        ),
+    ],
+)
+
+RUN_DIRECTORY += mutants_of(
+    "examples/images.py",
+    "example-images",
+    ("tests/test_examples_images.py",),
+    [
+        (
+            "pickles-run",
+            "a pickle may ask for anything",
+            '            raise pickle.UnpicklingError(f"it asks for {module}.{name}")\n',
+            "            return super().find_class(module, name)\n",
+        ),
+        ("never-mirrored", "no image is mirrored", "generator=random) < 0.5 else", "generator=random) < 0.0 else"),
+        (
+            "corner",
+            "a corner is tested, not the middle",
+            "left, top = (width - side) / 2, (height - side) / 2",
+            "left, top = 0.0, 0.0",
+        ),
+        ("whole-range", "crops have no smallest size", "(SMALLEST_CROP + (1 - SMALLEST_CROP) * area)", "area"),
+        (
+            "one-split",
+            "the split does not depend on the seed",
+            'generator(seed, "split", name)',
+            'generator("split", name)',
+        ),
+        (
+            "behind",
+            "batches are prepared from the first one on",
+            "range(max(self.next, i), min(i + self.ahead, self.stop))",
+            "range(self.next, min(i + self.ahead, self.stop))",
+        ),
+    ],
+)
+
+RUN_DIRECTORY += mutants_of(
+    "examples/continual_vit.py",
+    "example-vit",
+    ("tests/test_examples_continual_vit.py",),
+    [
+        (
+            "steps-for-epochs",
+            "the schedule steps with every batch",
+            "if (number + 1) % steps_an_epoch == 0:",
+            "if number >= 0:",
+        ),
+        (
+            "end-of-schedule",
+            "the schedule ends at 0 whatever is asked for",
+            "args.epochs, args.lr_end)",
+            "args.epochs, 0.0)",
+        ),
+        (
+            "same-pixels",
+            "every step of a task sees the same crops",
+            'generator(args.seed, "pixels", task, step)',
+            'generator(args.seed, "pixels", task)',
+        ),
+        (
+            "masked-is-all",
+            "what is told the task is not",
+            "self.prototypes.predict(views, task)",
+            "self.prototypes.predict(views)",
+        ),
+        (
+            "missing-weights",
+            "a model that lacks weights is taken",
+            '    if loaded["missing_keys"]:\n',
+            "    if False:\n",
+        ),
+    ],
+)
