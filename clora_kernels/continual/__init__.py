@@ -19,6 +19,7 @@ from .metrics import TaskAccuracies, paired_gains, paired_table, summaries, summ
 from .parity import assert_model_parity
 from .plots import plot_accuracy_over_tasks, plot_forgetting_against_learning
 from .protocol import ContinualMethod, TaskReport
+from .run_directory import RunDirectory
 from .slao import SLAO
 from .vit import class_token_exit, vit_targets
 
@@ -32,6 +33,7 @@ __all__ = [
     "DACLinear",
     "Prototypes",
     "RoutedLoRAMethod",
+    "RunDirectory",
     "SavedRun",
     "SequentialLoRA",
     "TaskAccuracies",

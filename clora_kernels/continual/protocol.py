@@ -26,7 +26,7 @@ Loggers are functions in ``self.listeners``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ from ..modules.inject import Targets
 from .attached import Adapters, AttachedLayers
 
 Listener = Callable[[str, int, Mapping[str, Any]], object]
+TaskLoss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -194,20 +195,24 @@ class ContinualMethod(AttachedLayers):
         self.tell("begin", {})
 
     def training_step(
-        self, inputs: Any, task_loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+        self, inputs: Any, task_loss: TaskLoss | Sequence[TaskLoss], optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
         """One batch: the extra steps, then a step on the task's loss and the extra losses together.
 
         Args:
             inputs: the batch, handed to ``extra_steps`` as it is.
-            task_loss: runs the model and returns the task's 0-dim loss.
+            task_loss: runs the model and returns the task's 0-dim loss. Several, of which it is the sum, each need the
+                memory of one: gradients accumulate over them.
 
         Returns:
             Every loss by name, detached ("task" is the task's own), without a host sync.
 
         Raises:
             RuntimeError: outside a task.
+            ValueError: no loss.
         """
+        if not task_loss:
+            raise ValueError(f"task_loss: got {task_loss!r}, expected a function or several")
         if not self.in_task:
             raise RuntimeError("training_step: no task is being learned, expected begin_task() first")
         if not self._optimizer_checked:
@@ -215,10 +220,18 @@ class ContinualMethod(AttachedLayers):
             self._optimizer_checked = True
         losses = {}
         for name, loss in self.extra_steps(inputs):
+            # None, not zeros: what a step does not reach must not move by momentum or weight decay.
+            optimizer.zero_grad(set_to_none=True)
             self._step(name, loss, optimizer)
             losses[name] = loss.detach()
-        loss = task_loss()
-        losses |= {"task": loss.detach()}
+        optimizer.zero_grad(set_to_none=True)
+        *parts, last = [task_loss] if callable(task_loss) else task_loss
+        done = []
+        for part in parts:
+            (loss := part()).backward()
+            done.append(loss.detach())
+        loss = last()
+        losses["task"] = sum(done, loss.detach())
         for name, extra in self.extra_losses().items():
             losses[name] = extra.detach()
             loss = loss + extra
@@ -227,8 +240,6 @@ class ContinualMethod(AttachedLayers):
         return losses
 
     def _step(self, name: str, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        # None, not zeros: what a step does not reach must not move by momentum or weight decay.
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.adjust_gradients(name)
         optimizer.step()

@@ -41,6 +41,7 @@ from .routed_lora_triton_common import TRITON_COMMON
 from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
+from .run_directory import RUN_DIRECTORY
 from .slao import SLAO
 from .trainer import TRAINER
 from .views import VIEWS
@@ -91,4 +92,5 @@ MUTANTS: list[Mutant] = [
     *CL_LORA,
     *TRAINER,
     *DAC,
+    *RUN_DIRECTORY,
 ]
