@@ -52,13 +52,10 @@ def test_what_is_timed_is_the_training_step_of_a_second_task(benchmarks, method)
     )
     extra = {"c-lora": {"orthogonality"}, "cl-lora": {"distillation", "block_weights"}, "dac": {"ago"}}
     assert losses.keys() == {"task"} | extra.get(method, set())
-    mine, theirs = ([*t.method.parameters(), *t.head.parameters()] for t in (timed, driven))
-    for a, b in zip(mine, theirs, strict=True):
-        assert (a.grad is None) == (b.grad is None)
-        assert a.grad is None or torch.equal(a.grad, b.grad)
-    # every step of the batch is in the momentum: at the small rate that is all they leave
+    # the gradients of every step of the batch are in the momentum
     momenta = [[state["momentum_buffer"] for state in t.optimizer.state.values()] for t in (timed, driven)]
-    assert momenta[0] and all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    assert len(momenta[0]) == len([*problem.method.trainable(), *problem.head.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -130,6 +130,7 @@ class Training:
 
     def backward(self, loss: Tensor) -> None:
         self.step("task", loss)
+        self.optimizer.zero_grad(set_to_none=True)  # what a call leaves, another's peak memory would lack
 
     def step(self, name: str, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
