@@ -27,11 +27,11 @@ COMMAND = "python examples/compare_on_digits.py --tune"
 TUNING_SEEDS = {"classes": tuple(range(100, 106)), "domains": tuple(range(100, 103))}
 RANK, TARGETS = 8, vit_targets(("q", "v", "fc1", "fc2"))
 
-RATES, SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1), (2.5, 5.0, 10.0)
+RATES, SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1), (5.0, 10.0)
 SGD_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in RATES]
-LORA_GRID = [*SGD_GRID, *(Settings("adamw", lr, scale) for scale in SCALES[1:] for lr in (0.0003, 0.001))]
-DAC_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES[1:] for lr in (0.002, 0.005))]
-JOINT_GRID = [Settings("sgd", lr, scale) for scale in SCALES[1:] for lr in (0.02, 0.05, 0.1, 0.2)]
+LORA_GRID = [*SGD_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.0003, 0.001))]
+DAC_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.002, 0.005))]
+JOINT_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in (0.02, 0.05, 0.1, 0.2)]
 
 
 class Contestant(NamedTuple):
