@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from clora_kernels import continual
-from clora_kernels.continual import ContinualMethod, RunDirectory, table
+from clora_kernels.continual import DAC, SLAO, CLLoRA, CLoRA, ContinualMethod, RunDirectory, SequentialLoRA, table
 from clora_kernels.continual.extras import require
 
 
@@ -28,7 +27,7 @@ class Refused(ValueError):
 class Choice(NamedTuple):
     """A method and what it takes where neither a preset nor an option says otherwise."""
 
-    method: str  # in clora_kernels.continual
+    method: type[ContinualMethod]
     parts: tuple[str, ...] = ("q", "v")  # of the blocks of a vision transformer
     optimizer: str = "sgd"
     lr: float = 0.01
@@ -38,11 +37,11 @@ class Choice(NamedTuple):
 
 
 METHODS = {
-    "c-lora": Choice("CLoRA", lr=0.02),
-    "cl-lora": Choice("CLLoRA", lr=0.03, weight_decay=1e-4, head_scale=1.0),
-    "dac": Choice("DAC", ("q", "k", "v", "out", "fc1", "fc2"), "adamw", 2e-3, 1e-6, 1e-2),
-    "slao": Choice("SLAO", optimizer="adamw", lr=5e-5),
-    "lora": Choice("SequentialLoRA"),
+    "c-lora": Choice(CLoRA, lr=0.02),
+    "cl-lora": Choice(CLLoRA, lr=0.03, weight_decay=1e-4, head_scale=1.0),
+    "dac": Choice(DAC, ("q", "k", "v", "out", "fc1", "fc2"), "adamw", 2e-3, 1e-6, 1e-2),
+    "slao": Choice(SLAO, optimizer="adamw", lr=5e-5),
+    "lora": Choice(SequentialLoRA),
 }
 
 
@@ -53,7 +52,7 @@ def attach(name: str, model: nn.Module, targets: Any, options: Mapping[str, Any]
         Refused: what the method refuses.
     """
     try:
-        return getattr(continual, METHODS[name].method)(model, targets, **options)
+        return METHODS[name].method(model, targets, **options)
     except (TypeError, ValueError) as error:
         raise Refused(f"--method {name}: {error}") from error
 

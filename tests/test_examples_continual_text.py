@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from clora_kernels import continual
 from clora_kernels.continual import ContinualMethod, RunDirectory
 from clora_kernels.continual.checkpoint import read_states
 
@@ -77,7 +76,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "slao" or hasattr(continual, "SLAO")])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_stopped_and_resumed_is_the_run(example, files, tmp_path, capsys, name) -> None:
     example.main(arguments(files, tmp_path / "whole", *RUNS[name]))
     whole = capsys.readouterr().out
