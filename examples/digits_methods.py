@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from digits import SCENARIOS, TASKS, Settings, Stream, make_stream
+from digits import SCENARIOS, Settings, Stream, make_stream
 from digits_runs import Run, run
-from o_lora import OLoRA
-from sd_lora import SDLoRA
 
 from clora_kernels import RoutedLoRALinear
 from clora_kernels.continual import DAC, SLAO, CLLoRA, CLoRA, SequentialLoRA, vit_targets
@@ -79,8 +77,6 @@ CONTESTANTS = {
     "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), LORA_GRID),
     "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), DAC_GRID),
     "SLAO": Contestant(functools.partial(SLAO, **LAYER), LORA_GRID),
-    "O-LoRA": Contestant(functools.partial(OLoRA, **LAYER), LORA_GRID),
-    "SD-LoRA": Contestant(functools.partial(SDLoRA, **LAYER, tasks=TASKS), LORA_GRID),
     JOINT: Contestant(functools.partial(SequentialLoRA, **LAYER), JOINT_GRID, joint=True),
 }
 
