@@ -42,7 +42,7 @@ SHARED = {  # files that serve several operations, or tests, beside the ones tha
 }
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
-    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "examples", "pyproject.toml",
+    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "docs", "examples", "pyproject.toml",
     "setup.py", "tests",
 }  # fmt: skip
 
