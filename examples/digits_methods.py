@@ -44,10 +44,11 @@ class Contestant(NamedTuple):
     ablation: str | None = None
 
     def grid_of(self, scenario: str) -> list[Settings]:
-        """Where the head is frozen there is no scale to choose."""
+        """Where the head is frozen there is no scale to choose; every second rate will do."""
         if scenario == "classes":
             return self.grid
-        return list(dict.fromkeys(settings._replace(head_scale=1.0) for settings in self.grid))
+        rates = {kind: sorted({s.lr for s in self.grid if s.optimizer == kind})[1::2] for kind in ("sgd", "adamw")}
+        return [Settings(kind, lr, 1.0) for kind, lrs in rates.items() for lr in lrs]
 
 
 class OpenPathLinear(RoutedLoRALinear):
