@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from digits import SCENARIOS, Settings, Stream, make_stream
+from digits import (
+    BATCH,
+    EPOCHS,
+    PRETRAINING_BATCH,
+    PRETRAINING_CLASSES,
+    PRETRAINING_EPOCHS,
+    PRETRAINING_LR,
+    SCENARIOS,
+    Settings,
+    Stream,
+    make_stream,
+)
 from digits_runs import Run, run
 
 from clora_kernels import RoutedLoRALinear
@@ -21,14 +32,14 @@ from clora_kernels.continual.metrics import METRICS, summaries
 HERE = Path(__file__).resolve().parent
 TUNED = HERE / "results" / "digits_tuned.json"
 COMMAND = "python examples/compare_on_digits.py --tune"
-# Of one scenario the order of few tasks is all that differs between seeds: three say as much as six.
+# Three turned ones, and every second rate, for the time it takes: a task has all ten digits.
 TUNING_SEEDS = {"classes": tuple(range(100, 106)), "domains": tuple(range(100, 103))}
 RANK, TARGETS = 8, vit_targets(("q", "v", "fc1", "fc2"))
 
 RATES, SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1), (5.0, 10.0)
 SGD_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in RATES]
 LORA_GRID = [*SGD_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.0003, 0.001))]
-DAC_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.002, 0.005))]
+WIDE_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.002, 0.005, 0.01))]
 JOINT_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in (0.02, 0.05, 0.1, 0.2)]
 
 
@@ -75,8 +86,8 @@ CONTESTANTS = {
         functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD_GRID, ablation=CLORA
     ),
     "C-LoRA without the stopped path": Contestant(functools.partial(OpenPathCLoRA, **LAYER), SGD_GRID, ablation=CLORA),
-    "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), LORA_GRID),
-    "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), DAC_GRID),
+    "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), WIDE_GRID),
+    "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), WIDE_GRID),
     "SLAO": Contestant(functools.partial(SLAO, **LAYER), LORA_GRID),
     JOINT: Contestant(functools.partial(SequentialLoRA, **LAYER), JOINT_GRID, joint=True),
 }
@@ -104,8 +115,8 @@ def tune(pool: Executor) -> None:
     """Write each method's settings with the best average accuracy over the tuning seeds, and all that were tried, as
     soon as a scenario or a method is through. What the file has from the same seeds and versions is not tried again."""
     before = json.loads(TUNED.read_text()) if TUNED.is_file() else {}
-    same = before.get("versions") == versions()
-    record: dict[str, Any] = {"command": COMMAND, "versions": versions()}
+    record: dict[str, Any] = {"command": COMMAND, "versions": versions(), "protocol": protocol()}
+    same = all(before.get(key) == record[key] for key in ("versions", "protocol"))
     record |= {scenario: {"seeds": list(TUNING_SEEDS[scenario]), "methods": {}} for scenario in SCENARIOS}
     for scenario in SCENARIOS:
         old = before.get(scenario, {})
@@ -149,6 +160,16 @@ def tuned_settings(scenario: str) -> dict[str, Settings]:
     if missing:
         raise ValueError(f"{TUNED}: no settings of {', '.join(missing)} in {scenario}; {COMMAND} finds them")
     return {name: settings_of(methods[of]["best"]) for name, of in wanted.items()}
+
+
+def protocol() -> dict[str, Any]:
+    """What the runs of every method share: with another one nothing that was tried counts."""
+    return {
+        "rank": RANK,
+        "epochs": EPOCHS,
+        "batch": BATCH,
+        "pretraining": [PRETRAINING_EPOCHS, PRETRAINING_BATCH, PRETRAINING_LR, PRETRAINING_CLASSES],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,6 @@ saved, their B to fold again when a run is loaded.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from clora_kernels import RoutedLoRALinear
 from clora_kernels.continual import RoutedLoRAMethod, pairwise_overlap
+from clora_kernels.continual.losses import check_weight
 
 
 class OLoRA(RoutedLoRAMethod):
@@ -38,8 +38,7 @@ class OLoRA(RoutedLoRAMethod):
     """
 
     def __init__(self, model: nn.Module, targets: Any, *, orthogonality: float = 0.5, **layer: Any) -> None:
-        if not 0 <= orthogonality < math.inf:
-            raise ValueError(f"orthogonality: got {orthogonality!r}, expected a finite weight of at least 0")
+        check_weight("orthogonality", orthogonality)
         self.orthogonality = orthogonality
         self.old: dict[str, Tensor] = {}
         super().__init__(model, targets, **layer)
@@ -55,6 +54,10 @@ class OLoRA(RoutedLoRAMethod):
             for name, layer in self.layers.items()
             if earlier
         }
+
+    def needs(self, kept: Any, finished: int) -> list[str]:
+        tasks = range(1, finished + 1)
+        return [f"folded.{i}.{name}.lora_{x}" for i in tasks for name in self.layers for x in "AB"]
 
     def on_load(self) -> None:
         self.on_task_start()

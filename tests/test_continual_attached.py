@@ -161,6 +161,25 @@ def test_adapters_come_back_when_a_test_fails() -> None:
     assert method.model.training and not method.layers["first"].merged
 
 
+def test_a_test_within_a_test_or_of_a_merged_model_is_refused() -> None:
+    method = SequentialLoRA(Net(), TARGETS, r=2)
+    x, _ = batch(9, 9)
+    with method.inference():
+        with pytest.raises(RuntimeError, match="model: got merged adapters, expected unmerged ones"):
+            method.outputs(x)
+        assert all(layer.merged for layer in method.layers.values())
+    method.layers["first"].merge()
+    with pytest.raises(RuntimeError, match="model: got merged adapters"):
+        method.inference_model()
+    assert method.layers["first"].merged and method.model.training
+
+
+def test_a_target_without_a_layer_is_told() -> None:
+    with pytest.warns(UserWarning, match="targets: 'third' matched no layer"):
+        method = SequentialLoRA(Net(), ["first", "third"], r=2)
+    assert list(method.layers) == ["first"]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping"])
 def test_a_batch_is_a_tensor_or_the_model_s_arguments(kind: str) -> None:
     method = SequentialLoRA(Net(), TARGETS, r=2)

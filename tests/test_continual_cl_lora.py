@@ -117,7 +117,7 @@ def test_what_learns_and_what_is_stored() -> None:
         learner.train(range(2))
         report = method.end_task()
         stored = 4 * (A + B) + 4 * (A + B + 1) + 2 + 4 * B + task * specific
-        assert (report.trainable, report.stored, report.measures) == (trained, stored, {})
+        assert (report.trainable, report.stored) == (trained, stored)
 
 
 def test_the_first_step_reaches_the_shared_up_projections_and_the_head_alone(monkeypatch) -> None:

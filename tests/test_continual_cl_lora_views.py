@@ -42,6 +42,27 @@ def test_a_view_is_the_latest_shared_with_what_is_the_tasks_own() -> None:
         torch.testing.assert_close(features, hand.features(x, 4, by_place).detach())
 
 
+def shared_products(method: CLLoRA) -> Tensor:
+    return torch.cat(
+        [(m.lora_B.detach().double() @ m.lora_A.detach().double()).flatten() for m in method.shared.values()]
+    )
+
+
+def test_the_report_measures_what_moved_and_what_overlaps() -> None:
+    method = cl_lora()
+    learner = Learner(method)
+    assert learner.learn(1)[0].measures == {"drift": None, "overlap": None}
+    learner.begin()
+    old, earlier = shared_products(method), method.kept["task.1.block_weights"].double()
+    learner.train(range(3))
+    new, weights = shared_products(method), method.block_weights().detach().double()
+    measures = method.end_task().measures
+    torch.testing.assert_close(torch.tensor(measures["drift"]), ((new - old).norm() / old.norm()).float())
+    torch.testing.assert_close(
+        torch.tensor(measures["overlap"]), F.cosine_similarity(weights, earlier, 0).abs().float()
+    )
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("in_task", [False, True])
 def test_outputs_are_those_of_one_run_a_view_with_the_shared_blocks_computed_once(wrapped: bool, in_task: bool) -> None:

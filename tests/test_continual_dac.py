@@ -244,3 +244,14 @@ def test_within_a_task_inference_has_what_the_task_would_keep(options: dict[str,
     for name in TARGETS:
         assert torch.equal(method.layers[name].weight, plain.get_submodule(name).weight)
     assert torch.equal(method.model(x), plain(x)) and torch.equal(method.outputs(x)[0], merged)
+
+
+def test_a_model_may_change_its_dtype_between_tasks() -> None:
+    method = DAC(Net(), TARGETS, r=R, k=K, keep=KEEP)
+    learn(method, 1)
+    method.model.double()
+    method.begin_task()
+    x, labels = batch(2, 0)
+    optimizer = torch.optim.SGD(method.param_groups(0.1))
+    losses = method.training_step(x.double(), lambda: F.cross_entropy(method.model(x.double()), labels), optimizer)
+    assert {loss.dtype for loss in losses.values()} == {torch.float64} and "ago" in losses

@@ -13,6 +13,8 @@ import pytest
 import torch
 from short_digits import EXAMPLES
 
+from clora_kernels.continual import TaskReport
+
 
 def test_the_split_is_stratified(examples) -> None:
     train, test = examples[1].load_digits(0)
@@ -142,7 +144,10 @@ def test_the_whole_comparison_writes_what_it_says(examples, shorts, tmp_path, ca
     for dtype in ("float32", "bfloat16"):
         assert f"parity with fp64, C-LoRA, {dtype}: " in out and "of 16 layers" in out
     assert all(part in out for part in (tmp_path / "digits.md").read_text().strip().split("\n\n"))
-    runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
+    written = json.loads((tmp_path / "digits.json").read_text())
+    runs = written["runs"]
+    of_dac = written["reports"]["classes"]["DAC"]
+    assert [[report["task"] for report in seed] for seed in of_dac] == [[1, 2, 3]] * 2
     for of_scenario in (runs["classes"], runs["domains"]):
         assert {n: [r["seed"] for r in of] for n, of in of_scenario.items()} == {n: [0, 1] for n in compare.CONTESTANTS}
     for scenario in runs:
@@ -197,6 +202,23 @@ def test_without_full_there_is_one_scenario_and_no_ablation(examples, shorts, tm
 def test_the_verdict_in_words(examples, average, learning, told) -> None:
     mine = [{"average": 0.5 + a, "learning": 0.5 + g} for a, g in zip(average, learning, strict=True)]
     assert told in examples[0].verdict("SLAO", mine, [{"average": 0.5, "learning": 0.5}] * 2)
+
+
+def test_one_seed_shows_no_difference(examples) -> None:
+    for gain in (0.01, -0.01):
+        told = examples[0].verdict(
+            "DAC", [{"average": 0.5 + gain, "learning": 0.5}], [{"average": 0.5, "learning": 0.5}]
+        )
+        assert f"average {100 * gain:+.1f} ± nan, within two standard errors: no difference is shown" in told
+
+
+def test_what_is_stored_is_told_after_the_first_and_the_last_task(examples) -> None:
+    def run(*stored):
+        reports = [TaskReport(i + 1, trained, s) for i, (trained, s) in enumerate(zip((5, 9, 7), stored, strict=True))]
+        return examples[0].Run(None, reports, None, None)
+
+    grows, stays = (examples[0].costs([run(*stored)]) for stored in ((10, 20, 30), (10, 20, 10)))
+    assert (grows["trained"], grows["stored"], stays["stored"]) == ("9", "10 → 30", "10")
 
 
 def test_few_seeds_decide_nothing_also_where_no_table_is_at_hand(examples, monkeypatch, tmp_path) -> None:

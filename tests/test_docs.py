@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def snippets(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 class Attention(nn.Module):
@@ -35,7 +36,7 @@ class Model(nn.Module):
 
 def test_the_run_of_the_guide_to_continual_learning() -> None:
     """Two tasks of two classes around four centres, which the prototypes tell apart."""
-    run, _ = snippets("continual_learning.md")
+    run, _ = snippets("docs/continual_learning.md")
     torch.manual_seed(0)
     centres = torch.randn(4, 768)
     tasks = []
@@ -50,6 +51,18 @@ def test_the_run_of_the_guide_to_continual_learning() -> None:
     assert torch.equal(found, torch.cat([labels for _, labels, _ in tasks]))
 
 
+def test_the_run_of_the_readme() -> None:
+    (run,) = [code for code in snippets("README.md") if "CLoRA(" in code]
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 768), torch.arange(8) % 3
+    tasks = [([(x, y)], nn.Linear(768, 3)) for _ in range(2)]
+    before = [head.weight.clone() for _, head in tasks]
+    names = {"model": Model(), "tasks": tasks, "torch": torch, "F": F}
+    exec(run, names)
+    assert not any(torch.equal(head.weight, old) for (_, head), old in zip(tasks, before, strict=True))
+    assert type(names["plain"].attention.q_proj) is nn.Linear and names["method"].task == 2
+
+
 def test_the_method_of_the_guide_is_o_lora() -> None:
     from clora_kernels import RoutedLoRALinear
     from clora_kernels.continual import RoutedLoRAMethod, pairwise_overlap
@@ -59,7 +72,7 @@ def test_the_method_of_the_guide_is_o_lora() -> None:
         "RoutedLoRAMethod": RoutedLoRAMethod,
         "pairwise_overlap": pairwise_overlap,
     }
-    exec(snippets("continual_learning.md")[1], names)
+    exec(snippets("docs/continual_learning.md")[1], names)
     method = names["OLoRA"](Model(), ["q_proj", "v_proj"], r=2)
     for task in (1, 2, 3):
         method.begin_task()

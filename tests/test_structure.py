@@ -42,8 +42,8 @@ SHARED = {  # files that serve several operations, or tests, beside the ones tha
 }
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
-    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "docs", "examples", "pyproject.toml",
-    "setup.py", "tests",
+    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "docs", "examples",
+    "pyproject.toml", "setup.py", "tests",
 }  # fmt: skip
 
 # Each is written so that it does not match itself.

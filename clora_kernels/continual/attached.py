@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.adapter import AdapterLinear
 from ..modules.inject import Targets, freeze_base, inject, merge_all, unmerge_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # layer → tensor of its adapter → what stands in its place
 Adapters = Mapping[str, Mapping[str, Tensor]]
@@ -25,7 +30,15 @@ class AttachedLayers:
         layers: the adapted layers by their names in the model.
         own: parameters of the method that belong to no layer, by name.
         kept: tensors that the method carries from task to task, by name.
+        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``.
     """
+
+    settings: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        self = super().__new__(cls)
+        self.settings = _settings(cls, options)
+        return self
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
         self.model = model
@@ -36,12 +49,15 @@ class AttachedLayers:
     def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
         """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
         layers: dict[str, AdapterLinear] = {}
-        for name in inject(self.model, self.make_layer, targets).swapped:
+        report = inject(self.model, self.make_layer, targets)
+        for name in report.swapped:
             layer = self.model.get_submodule(name)
             if not isinstance(layer, AdapterLinear):
                 raise TypeError(f"make_layer: got {type(layer).__name__} for {name}, expected an AdapterLinear")
             if layer not in layers.values():
                 layers[name] = layer
+        for target in report.unmatched:
+            warnings.warn(f"targets: {target!r} matched no layer", stacklevel=4)
         freeze_base(self.model)
         return layers
 
@@ -85,7 +101,15 @@ class AttachedLayers:
 
     @contextmanager
     def merged_for_test(self, adapters: Adapters) -> Iterator[nn.Module]:
-        """The model in eval mode with these adapters merged; as it was on leaving, bit for bit."""
+        """The model in eval mode with these adapters merged; as it was on leaving, bit for bit.
+
+        Raises:
+            RuntimeError: adapters are merged already, by the user or in another test.
+        """
+        if any(isinstance(module, AdapterLinear) and module.merged for module in self.model.modules()):
+            raise RuntimeError(
+                "model: got merged adapters, expected unmerged ones: end the test before, or unmerge them"
+            )
         modes = {module: module.training for module in self.model.modules()}
         try:
             self.model.eval()
@@ -151,9 +175,13 @@ class AttachedLayers:
         state |= {f"own.{name}": p.detach() for name, p in self.own.items()}
         return state | {f"kept.{name}": tensor for name, tensor in self.kept.items()}
 
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> Iterable[str]:
+        """The names in ``kept`` without which a state of so many finished tasks cannot go on; a hook of a method."""
+        return ()
+
     @torch.no_grad()
-    def load_layer_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
-        """Load what ``layer_state`` gave, which went through ``tasks`` tasks; nothing changes unless everything fits.
+    def load_layer_state(self, state: Mapping[str, Tensor], finished: int) -> None:
+        """Load what ``layer_state`` gave after so many finished tasks; nothing changes unless everything fits.
 
         Raises:
             ValueError: layers or tensors that are missing, unexpected or of another shape.
@@ -165,7 +193,10 @@ class AttachedLayers:
                 raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
         for name, tensors in adapters.items():
             self.layers[name].check_adapter_state_dict(tensors)
-        folds = [fold for task in range(1, tasks + 1) for fold in self.folded(task, kept).items()]
+        lost = [f"kept.{name}" for name in self.needs(kept, finished) if name not in kept]
+        if lost:
+            raise ValueError(f"state: missing {lost}, expected what {finished} finished tasks left")
+        folds = [fold for task in range(1, finished + 1) for fold in self.folded(task, kept).items()]
         for name, tensors in folds:
             self.layers[name].check_mergeable()
             self.layers[name].check_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
@@ -207,3 +238,14 @@ class AttachedLayers:
         if missing or strange:
             raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
         return adapters, own, kept
+
+
+def _settings(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": cls.__name__}
+    for ancestor in reversed(cls.__mro__):
+        if "__init__" in vars(ancestor):
+            parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
+            settings |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    settings |= options
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in settings.items() if isinstance(value, plain) and name != "backend"}

@@ -28,7 +28,7 @@ student (dropout in the model draws for each of the two).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -40,7 +40,7 @@ from ..modules.inject import Targets, inject
 from ..modules.routed_lora import RoutedLoRALinear
 from .attached import Adapters
 from .blocks import blocks_with, computed_once, output_of
-from .losses import block_weight_penalty, check_number, check_weight, soft_cross_entropy
+from .losses import block_weight_penalty, check_number, check_weight, low_rank_norm, soft_cross_entropy
 from .protocol import ContinualMethod
 from .vit import class_token_exit, vit_targets
 
@@ -64,6 +64,9 @@ class CLLoRA(ContinualMethod):
         idle_weights: how many weights that nothing uses a specific block has.
         exit: ``exit(model, hidden)``: what the head gets, of the hidden states after the last shared block.
         backend: as in :class:`clora_kernels.RoutedLoRALinear`.
+
+    Reports, a task: ``drift``, ‖B·A − B_old·A‖/‖B_old·A‖ over the shared layers, B_old the teacher's: how far what all
+    tasks share moved; ``overlap``, the mean |cos(μ_t, μ_i)| over earlier tasks. Both are None in the first task.
 
     Attributes:
         shared, specific: the layers of either kind by name.
@@ -195,21 +198,47 @@ class CLLoRA(ContinualMethod):
         """The cosines of the block weights with those of earlier tasks; none in the first task."""
         if self.task < 2 or self.weight_penalty == 0:
             return {}
-        weights = self.block_weights()
-        old = torch.stack([self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)]).to(weights)
-        return {"block_weights": self.weight_penalty * block_weight_penalty(weights, old)}
+        penalty = block_weight_penalty(self.block_weights(), self._old_block_weights())
+        return {"block_weights": self.weight_penalty * penalty}
 
     # Boundary and inference
 
     def on_task_end(self) -> dict[str, float | None]:
         """Keep what is the task's own; the shared B become the teacher's."""
+        measures = {"drift": self._drift(), "overlap": self._overlap()}
         for name, layer in self.shared.items():
             self.kept[f"teacher.{name}.lora_B"] = layer.lora_B.detach().clone()
         for name, layer in self.specific.items():
             self.kept[f"task.{self.task}.{name}.lora_A"] = layer.lora_A.detach().clone()
             self.kept[f"task.{self.task}.{name}.lora_B"] = layer.lora_B.detach().clone()
         self.kept[f"task.{self.task}.block_weights"] = self.block_weights().detach().clone()
-        return {}
+        return measures
+
+    def _drift(self) -> float | None:
+        if self.task < 2:
+            return None
+        moved, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for name, layer in self.shared.items():
+            old = self.kept[f"teacher.{name}.lora_B"].to(layer.lora_B)
+            moved += low_rank_norm(layer.lora_B.detach() - old, layer.lora_A.mT).square().cpu()
+            whole += low_rank_norm(old, layer.lora_A.mT).square().cpu()
+        return float((moved / whole).sqrt()) if whole > 0 else None
+
+    def _overlap(self) -> float | None:
+        return float(block_weight_penalty(self.block_weights(), self._old_block_weights())) if self.task > 1 else None
+
+    def _old_block_weights(self) -> Tensor:
+        """[task − 1, n]."""
+        old = [self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)]
+        return torch.stack(old).to(next(iter(self.specific.values())).lora_B)
+
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+        """The teacher's B and what each finished task had of its own."""
+        names = [f"teacher.{name}.lora_B" for name in self.shared] if finished else []
+        for task in range(1, finished + 1):
+            names += [f"task.{task}.{name}.lora_{x}" for name in self.specific for x in "AB"]
+            names.append(f"task.{task}.block_weights")
+        return names
 
     def views(self) -> list[int | None]:
         """The tasks begun so far."""

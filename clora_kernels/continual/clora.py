@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -143,11 +143,16 @@ class CLoRA(RoutedLoRAMethod):
             return orthonormal_basis(old).Q
         return leading_left_singular_vectors(old, self.energy)
 
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+        """A and B as the task found them, where there is a basis."""
+        return [f"start.{name}.lora_{x}" for name in self.layers for x in "AB"] if "basis" in kept else []
+
     def extra_losses(self) -> dict[str, Tensor]:
         """λ·Σ_layers ‖Q_oldᵀ·R_δ‖²_F; none in the first task."""
         if "basis" not in self.kept or self.orthogonality == 0:
             return {}
-        loss = routing_orthogonality(_stacked(self.routings()), self.kept["basis"])
+        routings = _stacked(self.routings())
+        loss = routing_orthogonality(routings, self.kept["basis"].to(routings))
         return {"orthogonality": self.orthogonality * loss}
 
     def on_task_end(self) -> dict[str, float | None]:

@@ -17,7 +17,9 @@ reaches the router, which stays as it was drawn for the task. The paper's abstra
 which nothing else is published; here ``selection="sample"`` gives each sample the mask of its own choice, and
 ``weights="probability"`` weighs the selected by the sample's softmax over all r experts, from which the router learns
 (what is kept weighs 1 in the weight all the same). Released settings: AdamW, rate 2e-3, weight decay 1e-2, cosine to
-1e-6, 500 steps of 32 samples, the linear layers q, k, v, out, fc1, fc2 of every block of CLIP ViT-B/16.
+1e-6, 500 steps of 32 samples, the linear layers q, k, v, out, fc1, fc2 of every block of CLIP ViT-B/16; the task's loss
+is CLIP's contrastive one there. Here it is whatever is given to ``training_step``: with the cross-entropy of a head, as
+in the comparisons of this package, DAC is a reconstruction.
 
 The absolute value has no derivative at 0: there the subgradient 0 counts, so a B that is still zero learns from the
 task alone.
@@ -25,7 +27,7 @@ task alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -39,6 +41,7 @@ from .losses import check_weight, pairwise_overlap
 from .protocol import ContinualMethod
 
 REMEMBER = ("all", "kept")
+FOLDED = ("lora_A", "lora_B", "activation_counts")  # what a fold depends on
 
 
 class DAC(ContinualMethod):
@@ -118,12 +121,21 @@ class DAC(ContinualMethod):
             layer.activation_counts.zero_()
         self._gather()
 
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+        """A, B and counts of every finished task."""
+        tasks = range(1, finished + 1)
+        return [f"folded.{t}.{name}.{tensor}" for t in tasks for name in self.layers for tensor in FOLDED]
+
     def on_load(self) -> None:
         self._gather()
 
     def _gather(self) -> None:
         earlier = range(1, self.task)
-        self._old = {name: torch.cat([self._left(t, name) for t in earlier], 1) for name in self.layers if earlier}
+        self._old = {
+            name: torch.cat([self._left(t, name) for t in earlier], 1).to(layer.lora_B)
+            for name, layer in self.pools()
+            if earlier
+        }
 
     def _left(self, task: int, name: str) -> Tensor:
         """What B_old holds of an earlier task's B."""
@@ -143,7 +155,7 @@ class DAC(ContinualMethod):
     def on_task_end(self) -> dict[str, float | None]:
         """W ← W + s·B[:, T]·A[T, :]; A, B, router and counts anew."""
         measures = {"overlap": float(self._overlap()) if self._old else None, "share": self._share()}
-        self.fold_layers(self.task, ("lora_A", "lora_B", "activation_counts"))
+        self.fold_layers(self.task, FOLDED)
         return measures
 
     def _share(self) -> float | None:

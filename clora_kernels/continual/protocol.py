@@ -16,12 +16,13 @@ what they do by default)::
     report = method.end_task()                  on_task_end()               measures for the report (none)
     outputs = method.outputs(inputs)            views()                     whose inference to test by (one for all)
     with method.inference(view): ...            tested_adapters(view)       what a test puts into adapters (nothing)
-    method.load_state_dict(state)               on_load()                   bring ``kept`` where it is used (nothing)
+    method.load_state_dict(state)               needs(kept, finished)       what ``kept`` must hold (nothing)
+                                                on_load()                   bring ``kept`` where it is used (nothing)
 
 A method keeps what it carries from task to task in adapters, in the parameters ``self.own`` and in ``self.kept``, a
 flat dict of tensors; all are in ``state_dict``, so that a method in one file need not write saving and loading. A
-training loop of one's own calls ``extra_losses``, ``adjust_gradients`` and ``tell`` where ``training_step`` does.
-Loggers are functions in ``self.listeners``.
+training loop of one's own calls ``check_optimizer``, ``extra_steps``, ``extra_losses``, ``adjust_gradients`` and
+``tell`` where ``training_step`` does. Loggers are functions in ``self.listeners``.
 """
 
 from __future__ import annotations
@@ -290,7 +291,7 @@ class ContinualMethod(AttachedLayers):
         if missing:
             raise ValueError(f"state: missing {missing}, expected what state_dict() gives")
         layers = {key: tensor for key, tensor in state.items() if key not in ("task", "in_task")}
-        self.load_layer_state(layers, int(state["task"]))
+        self.load_layer_state(layers, int(state["task"]) - int(state["in_task"]))
         self.task, self.in_task, self.head = int(state["task"]), bool(state["in_task"]), None
         self._optimizer_checked = False
         self.on_load()

@@ -21,7 +21,7 @@ the adapter's dtype, fp32 under 16-bit weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -72,6 +72,10 @@ class SLAO(RoutedLoRAMethod):
         bases = gram_schmidt_foreach([A.mT.to(factors[0].device) for A in factors], deficient="random")
         for A, basis in zip(factors, bases, strict=True):
             A.copy_(basis.Q.mT)
+
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+        """The merged pairs, from the end of the first task on."""
+        return [f"merged.{name}.lora_{x}" for name in self.layers for x in "AB"] if finished else []
 
     def merge_weight(self) -> float:
         """λ of the task that was begun last."""

@@ -82,7 +82,8 @@ CONTINUAL += mutants_of(
     "losses",
     ("tests/test_continual_losses.py", "tests/test_continual_clora.py"),
     [
-        ("fraction-of-anything", "an energy that is no number is not told", "    check_number(name, value)\n", ""),
+        ("fraction-of-anything", "an energy that is no number is not told",
+         "    check_number(name, value)\n    if not 0.0 <= value", "    if not 0.0 <= value"),
         ("complex-number", "a complex number passes for a number", "numbers.Real", "numbers.Number"),
         ("number-of-any-kind", "what is no number is not told",
          "if not isinstance(value, numbers.Real):", "if value is None:"),
