@@ -191,12 +191,21 @@ def test_a_file_of_other_options_is_refused(tmp_path) -> None:
     method = cl_lora()
     Learner(method).learn(1)
     path = save_run(tmp_path / "run.safetensors", method)
-    with pytest.raises(ValueError, match=r"unexpected \['own\.idle_weights'\]"):
-        load_run(path, cl_lora(idle_weights=0))
-    with pytest.raises(ValueError, match=r"own\.idle_weights: got shape \(2, 1\), expected \(2, 2\)"):
-        load_run(path, cl_lora(idle_weights=2))
-    with pytest.raises(ValueError, match="shape"):
+    for options in ({"idle_weights": 0}, {"distillation": 1.0}, {"reassignment": False}):
+        with pytest.raises(ValueError, match=rf"of a method with \{{'{next(iter(options))}': "):
+            load_run(path, cl_lora(**options))
+    with pytest.raises(ValueError, match=r"of a method with \{'r': 2\}, expected \{'r': 3\}"):
         load_run(path, CLLoRA(TinyViT(), TARGETS, r=3))
+    state = method.state_dict()
+    with pytest.raises(ValueError, match=r"unexpected \['own\.idle_weights'\]"):
+        cl_lora(idle_weights=0).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"own\.idle_weights: got shape \(2, 1\), expected \(2, 2\)"):
+        cl_lora(idle_weights=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="shape"):
+        CLLoRA(TinyViT(), TARGETS, r=3).load_state_dict(state)
+    del state["kept.task.1.block_weights"]
+    with pytest.raises(ValueError, match=r"state: missing \['kept\.task\.1\.block_weights'\]"):
+        cl_lora().load_state_dict(state)
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,11 @@ def small(examples, shorts, tmp_path, monkeypatch):
     import digits_methods
     from digits import Settings
 
-    grid = [Settings("sgd", 0.1, 5.0), Settings("sgd", 0.2, 5.0)]
+    grid = [Settings("sgd", lr, 5.0) for lr in (0.05, 0.1, 0.15, 0.2)]  # of turned digits, the second and the fourth
     contestants = {name: digits_methods.Contestant(lambda: None, grid) for name in ("first", "second")}
     contestants["part"] = digits_methods.Contestant(lambda: None, grid, ablation="first")
-    small = types.SimpleNamespace(runs=[], best={0.1: 0.5, 0.2: 0.7}, fails=None, methods=digits_methods)
+    best = {0.05: 0.1, 0.1: 0.5, 0.15: 0.2, 0.2: 0.7}
+    small = types.SimpleNamespace(runs=[], best=best, fails=None, methods=digits_methods)
 
     def run_contestant(stream, name, settings):
         small.runs.append((stream.scenario, name))
