@@ -64,7 +64,7 @@ at higher rates; all others also under AdamW, CL-LoRA and DAC at higher rates of
 best. No method has weight decay (published: CL-LoRA 1e-4, DAC 1e-2). Of tasks with classes of their own class means
 answer; of turned digits the frozen head does, in that of CL-LoRA's views which is the most certain. DAC learns from the
 cross-entropy of a cosine head, a reconstruction: it was published with CLIP's contrastive loss. C-LoRA's start, basis
-and weight of its loss are not published; those here were found on digits, on four of the first ten seeds among others."""
+and weight of its loss are not published; those here were found on digits, on four of the first ten seeds too."""
 Metrics = Sequence[Mapping[str, float]]  # of each seed
 
 
