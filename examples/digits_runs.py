@@ -30,7 +30,9 @@ class Run(NamedTuple):
 MakeMethod = Callable[[nn.Module], ContinualMethod]
 
 
-def run(stream: Stream, make_method: MakeMethod, settings: Settings, joint: bool = False, repeat: int = 0) -> Run:
+def run(
+    stream: Stream, make_method: MakeMethod, settings: Settings | None, joint: bool = False, repeat: int = 0
+) -> Run:
     """Learn the tasks of ``stream`` one after the other and test after each; ``joint``: instead of going on, start anew
     each time, with the data of all tasks so far. ``repeat``: which draw of adapters, heads and batches."""
     torch.manual_seed(stream.seed + 1000 * repeat)
@@ -80,14 +82,15 @@ def learn(
     method: ContinualMethod,
     samples: Samples,
     stream: Stream,
-    settings: Settings,
+    settings: Settings | None,
     meter: StepMeter,
     epochs: int | None = None,
 ) -> TaskReport:
     """One task, through the head of all tasks where there is one; else through a cosine head of its own, trained with
     the adapters on the task's classes alone."""
     classes = samples.labels.unique()
-    head = stream.head or CosineHead(HIDDEN, len(classes), settings.head_scale)
+    # A method that never trains has no settings, and no use for a head.
+    head = stream.head or (CosineHead(HIDDEN, len(classes), settings.head_scale) if settings else None)
     method.begin_task(head)
     if method.trainable():
         groups = method.param_groups(settings.lr)
