@@ -5,6 +5,7 @@ from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dac import DAC
+from .digits import DIGITS
 from .dropout_mask import DROPOUT_MASK
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
@@ -93,4 +94,5 @@ MUTANTS: list[Mutant] = [
     *TRAINER,
     *DAC,
     *RUN_DIRECTORY,
+    *DIGITS,
 ]
