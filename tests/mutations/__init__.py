@@ -7,6 +7,7 @@ from .cpu_matmul import CPU_MATMUL
 from .dac import DAC
 from .digits import DIGITS
 from .dropout_mask import DROPOUT_MASK
+from .examples import EXAMPLES
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
 from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
@@ -95,4 +96,5 @@ MUTANTS: list[Mutant] = [
     *DAC,
     *RUN_DIRECTORY,
     *DIGITS,
+    *EXAMPLES,
 ]
