@@ -85,7 +85,7 @@ CONTINUAL += mutants_of(
         ("fraction-of-anything", "an energy that is no number is not told", "    check_number(name, value)\n", ""),
         ("complex-number", "a complex number passes for a number", "numbers.Real", "numbers.Number"),
         ("number-of-any-kind", "what is no number is not told",
-         "if not isinstance(value, numbers.Real):", "if value is None:"),
+         "or not isinstance(value, numbers.Real):", "or value is None:"),
         ("overlap-signed", "overlaps of opposite signs cancel",
          "(new @ old.mT).abs().sum()", "(new @ old.mT).sum().abs()"),
         ("overlap-squared", "overlaps are squared", "(new @ old.mT).abs().sum()", "(new @ old.mT).square().sum()"),

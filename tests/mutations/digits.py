@@ -33,5 +33,5 @@ DIGITS += mutants_of(
     "examples/compare_on_digits.py",
     "digits-costs",
     TESTS,
-    [("stored-of-the-first", "what is stored is of the first task", "reports[-1].stored", "reports[0].stored")],
+    [("stored-of-the-first", "what is stored is of the first task", "runs[0].reports[-1]", "runs[0].reports[0]")],
 )
