@@ -86,6 +86,7 @@ CONTINUAL += mutants_of(
         ("complex-number", "a complex number passes for a number", "numbers.Real", "numbers.Number"),
         ("number-of-any-kind", "what is no number is not told",
          "or not isinstance(value, numbers.Real):", "or value is None:"),
+        ("bool-is-a-number", "True passes for 1", "if isinstance(value, bool) or not", "if not"),
         ("overlap-signed", "overlaps of opposite signs cancel",
          "(new @ old.mT).abs().sum()", "(new @ old.mT).sum().abs()"),
         ("overlap-squared", "overlaps are squared", "(new @ old.mT).abs().sum()", "(new @ old.mT).square().sum()"),
