@@ -1,60 +1,22 @@
-"""What the examples on models from files share: the methods by name, options, and a loop over tasks that can be stopped
-at any moment and resumed."""
+"""What the examples on models from files share beside their options: a loop over tasks that can be stopped at any
+moment and resumed."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from continual_options import Refused
+from torch import Tensor, nn
 
-from clora_kernels.continual import DAC, SLAO, CLLoRA, CLoRA, ContinualMethod, RunDirectory, SequentialLoRA, table
+from clora_kernels.continual import ContinualMethod, RunDirectory, table
 from clora_kernels.continual.extras import require
-
-
-class Refused(ValueError):
-    """What was given cannot be worked with; the message says why, and the command ends with it."""
-
-
-class Choice(NamedTuple):
-    """A method and what it takes where neither a preset nor an option says otherwise."""
-
-    method: type[ContinualMethod]
-    parts: tuple[str, ...] = ("q", "v")  # of the blocks of a vision transformer
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    lr_end: float = 0.0
-    weight_decay: float = 0.0
-    head_scale: float = 10.0
-
-
-METHODS = {
-    "c-lora": Choice(CLoRA, lr=0.02),
-    "cl-lora": Choice(CLLoRA, lr=0.03, weight_decay=1e-4, head_scale=1.0),
-    "dac": Choice(DAC, ("q", "k", "v", "out", "fc1", "fc2"), "adamw", 2e-3, 1e-6, 1e-2),
-    "slao": Choice(SLAO, optimizer="adamw", lr=5e-5),
-    "lora": Choice(SequentialLoRA),
-}
-
-
-def attach(name: str, model: nn.Module, targets: Any, options: Mapping[str, Any]) -> ContinualMethod:
-    """The method of that name on the targets of the model.
-
-    Raises:
-        Refused: what the method refuses.
-    """
-    try:
-        return METHODS[name].method(model, targets, **options)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"--method {name}: {error}") from error
 
 
 def make_optimizer(kind: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
@@ -107,12 +69,51 @@ class Course(Protocol):
         """Record in ``run`` what the method can do after the task."""
 
 
+class Watch:
+    """A listener that looks whether training is still finite when it is asked to; until then it waits for no device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Mapping[str, Tensor]] = []
+
+    def __call__(self, event: str, task: int, values: Mapping[str, Any]) -> None:
+        if event == "step":
+            self.losses.append(dict(values))
+
+    def check(self, task: int, step: int, lesson: Lesson, method: ContinualMethod) -> None:
+        """Of the steps since the last check, ``step`` the number of the last in the task.
+
+        Raises:
+            Refused: one whose losses are not finite, or parameters that are not after it.
+        """
+        first, losses = step - len(self.losses), self.losses
+        self.losses = []
+        finite = [torch.stack([loss.isfinite() for loss in of_step.values()]).all() for of_step in losses]
+        wrong = [i for i, fine in enumerate(torch.stack(finite).tolist() if finite else []) if not fine]
+        if wrong:
+            told = ", ".join(f"{name} {float(loss)}" for name, loss in losses[wrong[0]].items())
+            raise Refused(
+                f"task {task}, step {first + wrong[0] + 1}: got the losses {told}, expected finite ones; {HINT}"
+            )
+        modules = [part for part in lesson.objects.values() if isinstance(part, nn.Module)]
+        learned = [*method.trainable(), *(p for module in modules for p in module.parameters())]
+        if not all(bool(p.isfinite().all()) for p in learned):
+            raise Refused(f"task {task}, step {step}: what was trained is not finite after it; {HINT}")
+
+
+HINT = "training has diverged: a smaller --lr may help"
+
+
 def learn_in_order(course: Course, method: ContinualMethod, run: RunDirectory, resumes: bool, save_every: int) -> None:
     """Learn and test one task after the other, from where ``run`` stands; a checkpoint after so many steps and after
-    each test."""
+    each test.
+
+    Raises:
+        Refused: nothing that fits to resume; training that has diverged, which no checkpoint is made of.
+    """
     from tqdm import tqdm
 
-    method.listeners.append(run.listener)
+    watch = Watch()
+    method.listeners += [run.listener, watch]
     saved = None
     if resumes:
         try:
@@ -137,75 +138,15 @@ def learn_in_order(course: Course, method: ContinualMethod, run: RunDirectory, r
         ):
             lesson.step(step)
             if run.step % save_every == 0:
+                watch.check(task, run.step, lesson, method)
                 run.save(method, **lesson.objects, **course.kept)
+        watch.check(task, run.step, lesson, method)
         print(method.end_task())
         course.test(task, method, run)
         run.save(method, **course.kept)
 
 
 # The command
-
-
-def parser_of(doc: str, methods: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
-    """Options of every example; those that a preset or the method may set are None until ``fill``."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    add = parser.add_argument
-    add("--preset", choices=tuple(presets), help="published settings, which other options override")
-    add("--method", choices=methods)
-    add("--out", type=Path, required=True, help="folder of the run: log.jsonl, config.json, checkpoint.safetensors")
-    add("--resume", action="store_true", help="go on with the run in --out, where there is one")
-    add("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint (default: %(default)s)")
-    add("--log-every", type=int, default=10, metavar="STEPS", help="line of losses (default: %(default)s)")
-    add("--epochs", type=int, help="of each task")
-    add("--batch", type=int)
-    add("--optimizer", choices=("sgd", "adamw"), help="(default: as the method was published, else sgd)")
-    add("--lr", type=float)
-    add("--weight-decay", type=float)
-    add("--r", type=int, help="rank (default: the method's own)")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="further option of the method (JSON, or a text)",
-    )
-    add("--seed", type=int)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    return parser
-
-
-def fill(args: argparse.Namespace, *defaults: Mapping[str, Any]) -> None:
-    """Options that were not given, from the first of ``defaults`` that has them."""
-    for values in defaults:
-        for name, value in values.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """End with a message where a number is too small, the device is not there, or --set is no NAME=VALUE."""
-    for name, lowest in {"epochs": 1, "batch": 1, "save_every": 1, "log_every": 1, **least}.items():
-        if getattr(args, name) < lowest:
-            parser.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {lowest}")
-    for name, above in {"lr": True, "weight_decay": False}.items():
-        value = getattr(args, name)
-        if not (0 < value if above else 0 <= value) or value == math.inf:
-            lowest = "above" if above else "of at least"
-            parser.error(f"--{name.replace('_', '-')}: got {value}, expected a finite number {lowest} 0")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: got {args.device}: {str(error).splitlines()[0]}")
-    args.options = {} if args.r is None else {"r": args.r}
-    for text in args.set:
-        name, equals, value = text.partition("=")
-        if not (name.isidentifier() and equals):
-            parser.error(f"--set: got {text}, expected NAME=VALUE")
-        try:
-            args.options[name] = json.loads(value)
-        except ValueError:
-            args.options[name] = value
 
 
 # What may differ when a run is resumed.
@@ -224,14 +165,6 @@ def start(args: argparse.Namespace, **more: Any) -> tuple[RunDirectory, bool]:
         return run, run.start({k: str(v) if isinstance(v, Path) else v for k, v in config.items()} | more, args.resume)
     except (OSError, ValueError) as error:
         raise Refused(f"--out: {error}") from error
-
-
-def local_or_hub(option: str, name: str) -> None:
-    """Refuse what can be no model: a path without a folder, which would be looked for on the hub."""
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
-    if not path.is_dir() and (looks_local or path.exists()):
-        raise Refused(f"{option}: got {name}, expected a folder with a model or the name of one on the hub")
 
 
 def command(parser: argparse.ArgumentParser, packages: tuple[str, ...], run: Callable[[], None]) -> None:

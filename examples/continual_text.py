@@ -16,22 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from continual_run import (
-    METHODS,
-    Lesson,
-    Refused,
-    attach,
-    check,
-    command,
-    fill,
-    learn_in_order,
-    local_or_hub,
-    make_optimizer,
-    parser_of,
-    report,
-    rows_of,
-    start,
-)
+from continual_options import METHODS, Refused, attach, check, fill, local_or_hub, parser_of
+from continual_run import Lesson, command, learn_in_order, make_optimizer, report, rows_of, start
 from texts import Batch, Bytes, Example, Pretrained, Task, Tokens, answers, load_task
 from torch import Tensor, nn
 

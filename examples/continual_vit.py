@@ -16,23 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from continual_run import (
-    METHODS,
-    Lesson,
-    Refused,
-    attach,
-    check,
-    command,
-    fill,
-    generator,
-    learn_in_order,
-    local_or_hub,
-    make_optimizer,
-    parser_of,
-    report,
-    rows_of,
-    start,
-)
+from continual_options import METHODS, Refused, attach, check, fill, local_or_hub, parser_of
+from continual_run import Lesson, command, generator, learn_in_order, make_optimizer, report, rows_of, start
 from images import Batches, Images, Pixels, load
 from torch import Tensor, nn
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from continual_run import Refused, generator
+from continual_options import Refused
+from continual_run import generator
 from torch import Tensor
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -34,7 +35,8 @@ def load(folder: Path, test_share: float, seed: int) -> tuple[Images, Images]:
     of the files "train" and "test" of CIFAR-100 for Python.
 
     Raises:
-        Refused: no such folder, no images, or other classes in one part than in the other.
+        Refused: no such folder, no images, train or test without the other, or other classes in one part than in the
+            other.
     """
     if not folder.is_dir():
         raise Refused(f"--data: got {folder}, expected a folder")
@@ -45,6 +47,11 @@ def load(folder: Path, test_share: float, seed: int) -> tuple[Images, Images]:
         if train.keys() != test.keys():
             one_sided = sorted(train.keys() ^ test.keys())
             raise Refused(f"--data: the classes {', '.join(one_sided)} are in one of train and test alone")
+    elif there := [part for part in ("train", "test") if (folder / part).exists()]:
+        raise Refused(
+            f"--data: got {folder} with {' and '.join(there)}, expected the folders train and test, CIFAR-100's files "
+            "of these names, or a folder for each class, none of which is called so"
+        )
     else:
         train, test = {}, {}
         for name, files in files_by_class(folder).items():

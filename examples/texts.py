@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from continual_run import Refused, generator
+from continual_options import Refused
+from continual_run import generator
 from torch import Tensor, nn
 
 IGNORED = -100

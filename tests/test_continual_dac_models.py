@@ -65,6 +65,7 @@ def test_loading_folds_bit_for_bit(dtype: torch.dtype, remember: str) -> None:
         ({"ago": math.nan}, ValueError, "ago: got nan"),
         ({"ago": math.inf}, ValueError, "ago: got inf"),
         ({"ago": "0.1"}, TypeError, "ago: got str, expected a number"),
+        ({"ago": True}, TypeError, "ago: got bool, expected a number"),
         ({"remember": "some"}, ValueError, "remember: got 'some', expected one of 'all', 'kept'"),
         ({"selection": "token"}, ValueError, "selection: got 'token', expected one of 'batch', 'sample'"),
         ({"weights": "one"}, ValueError, "weights: got 'one', expected one of 'unit', 'probability'"),

@@ -247,8 +247,9 @@ def test_folders_that_cannot_hold_a_run_are_refused(tmp_path, monkeypatch) -> No
         with pytest.raises(NotADirectoryError, match=r"path: got '.*file.*', where a file is, expected a folder"):
             RunDirectory(path)
     assert file.read_text() == "mine"
-    with pytest.raises(ValueError, match="every: got 0, expected at least 1"):
-        RunDirectory(tmp_path / "run", every=0)
+    for every in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=f"every: got {every!r}, expected at least 1 step a line, an int"):
+            RunDirectory(tmp_path / "run", every=every)
     assert not (tmp_path / "run").exists()
 
     def denied(*args: Any, **kw: Any) -> None:

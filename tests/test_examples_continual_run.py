@@ -1,15 +1,16 @@
-"""What the examples on models from files share: orders that are known without drawing what came before, and options."""
+"""What the examples on models from files share: orders that are known without drawing what came before, a loop that
+notices when training has diverged."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from sequences import TARGETS, Net
+from sequences import Net
 
-from clora_kernels.continual import CLoRA
+from clora_kernels.continual import RunDirectory, SequentialLoRA
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -47,30 +48,67 @@ def test_random_numbers_are_of_what_they_are_for(shared) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_options_that_were_given_stay_and_others_come_from_the_first_that_has_them(shared) -> None:
-    args = argparse.Namespace(lr=0.0, epochs=None, r=None, seed=None)
-    shared.fill(args, {"lr": 1.0, "epochs": 3}, {"epochs": 4, "r": 5})
-    assert vars(args) == {"lr": 0.0, "epochs": 3, "r": 5, "seed": None}
+class Course:
+    """One step after the other tells losses; ``act(method, head, number)`` does what else a step does."""
+
+    tasks = 2
+
+    def __init__(self, shared: Any, losses: dict[tuple[int, int], float], act: Any = None) -> None:
+        self.shared, self.losses, self.act, self.kept, self.tested = shared, losses, act, {}, []
+
+    def head(self, task: int) -> torch.nn.Module:
+        return torch.nn.Linear(3, 2)
+
+    def lesson(self, task: int, method: Any, head: Any) -> Any:
+        def step(number: int) -> None:
+            if self.act is not None:
+                self.act(method, head, number)
+            loss = self.losses.get((task, number + 1), 1.0)
+            method.tell("step", {"task": torch.tensor(2.0), "extra": torch.tensor(loss)})
+
+        return self.shared.Lesson(6, step, {"head": head})
+
+    def test(self, task: int, method: Any, run: Any) -> None:
+        self.tested.append(task)
 
 
-def test_further_options_reach_the_method_with_their_types(shared, tmp_path, capsys) -> None:
-    parser = shared.parser_of("Doc.", ("c-lora",), {})
-    given = ["--out", str(tmp_path), "--epochs", "1", "--batch", "1", "--lr", "1", "--weight-decay", "0"]
-    args = parser.parse_args([*given, "--r", "3", "--set", "orthogonality=0.5", "--set", "basis=full"])
-    shared.check(parser, args)
-    assert args.options == {"r": 3, "orthogonality": 0.5, "basis": "full"}
-    method = shared.attach("c-lora", Net(), TARGETS, args.options)
-    assert type(method) is CLoRA and (method.orthogonality, method.basis, method.layers["first"].r) == (0.5, "full", 3)
-    with pytest.raises(shared.Refused, match=r"--method c-lora: .*unexpected keyword argument 'width'"):
-        shared.attach("c-lora", Net(), TARGETS, {"width": 3})
+def learn(course: Course, folder: Path, save_every: int = 4) -> tuple[Any, Any]:
+    method, run = SequentialLoRA(Net(), ["first"], r=2), RunDirectory(folder)
+    course.shared.learn_in_order(course, method, run, run.start({}, resume=True), save_every)
+    return method, run
 
 
-def test_paths_without_a_model_are_no_names_of_the_hub(shared, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("")
-    for name in ("vit", "google/vit", "folder", str(tmp_path / "folder"), "./folder"):
-        shared.local_or_hub("--model", name)
-    for name in ("file", "./vit", "../vit", "a/b/c", str(tmp_path / "vit")):
-        with pytest.raises(shared.Refused, match=r"--model: got .*, expected a folder with a model or the name"):
-            shared.local_or_hub("--model", name)
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_step_whose_losses_are_not_finite_is_named_and_nothing_made_of_it(shared, tmp_path, loss) -> None:
+    for number, saved in ((1, False), (4, False), (5, True), (6, True)):
+        course, folder = Course(shared, {(1, number): loss, (1, 6): loss}), tmp_path / str(number)
+        told = rf"^task 1, step {number}: got the losses task 2.0, extra {loss}, expected finite ones; training has div"
+        with pytest.raises(shared.Refused, match=told):
+            learn(course, folder)
+        assert not course.tested and (folder / "checkpoint.safetensors").exists() == saved
+        assert not list(RunDirectory(folder).lines("end"))
+    # What was saved before is what a run goes on from.
+    course = Course(shared, {})
+    method, run = learn(course, tmp_path / "5")
+    assert (method.task, course.tested) == (2, [1, 2]) and [line["task"] for line in run.lines("resume")] == [1]
+
+
+def test_a_later_task_and_one_without_checkpoints_in_between_are_looked_at_when_they_end(shared, tmp_path) -> None:
+    course = Course(shared, {(2, 3): float("nan")})
+    with pytest.raises(shared.Refused, match=r"^task 2, step 3: got the losses"):
+        learn(course, tmp_path, save_every=1000)
+    assert course.tested == [1]
+
+
+@pytest.mark.parametrize("what", ["adapter", "head"])
+def test_parameters_that_are_not_finite_after_finite_losses_are_refused(shared, tmp_path, what) -> None:
+    def spoil(method: Any, head: torch.nn.Module, number: int) -> None:
+        if number == 5:
+            broken = head.bias if what == "head" else method.layers["first"].lora_B
+            with torch.no_grad():
+                broken[1] = float("inf")
+
+    course = Course(shared, {}, spoil)
+    with pytest.raises(shared.Refused, match=r"^task 1, step 6: what was trained is not finite after it; training has"):
+        learn(course, tmp_path)
+    assert not course.tested

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,6 +194,12 @@ def refused(example, capsys, argv: list[str]) -> str:
         example.main(argv)
     assert stop.value.code == 2
     return capsys.readouterr().err
+
+
+def test_a_run_that_diverges_ends_with_the_step_that_did(example, files, tmp_path, capsys) -> None:
+    error = refused(example, capsys, arguments(files, tmp_path, "--method", "c-lora", "--lr", "1e30"))
+    assert re.search(r": task 1, step [1-6]: .*training has diverged: a smaller --lr may help\n$", error)
+    assert not list(RunDirectory(tmp_path).lines("end"))
 
 
 GOOD = json.dumps({"prompt": "p", "answer": "a"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_folders_and_models_that_do_not_fit_are_refused(example, model, data, tm
     assert "--data: 4 classes make 1 tasks of 4, expected at least 2" in told("--classes", "4")
     assert "--data: 4 classes make 2 tasks of 2, expected 3" in told("--tasks", "3")
     assert "--method c-lora: basis: got 'own', expected one of" in told("--set", "basis=own")
-    assert "--method lora: " in told("--set", "basis=raw", method="lora")
+    assert "--set: got basis, expected one of lora's options" in told("--set", "basis=raw", method="lora")
     assert not (tmp_path / "out").exists()
     RunDirectory(tmp_path / "out").start({"lr": 0.5})
     assert "--out: path: " in (error := told()) and "holds a run, expected an empty folder or resume" in error
@@ -255,13 +256,20 @@ def test_images_that_do_not_fit_are_refused(example, model, tmp_path, capsys) ->
         (["--test-share", "1"], "--test-share: got 1.0"),
         (["--tasks", "0"], "--tasks: got 0"),
         (["--device", "nonsense"], "--device: got nonsense"),
-        (["--set", "basis"], "--set: got basis, expected NAME=VALUE"),
+        (["--set", "basis=1"], "--set: got basis=1, expected a text"),
         (["--preset", "own"], "--preset: invalid choice"),
     ],
 )
 def test_bad_arguments_are_refused(example, model, data, tmp_path, capsys, more, message) -> None:
     assert message in refused(example, capsys, arguments(model, data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("every", ["1", "100"])
+def test_a_run_that_diverges_ends_with_the_step_that_did(example, model, data, tmp_path, capsys, every) -> None:
+    error = refused(example, capsys, arguments(model, data, tmp_path, "--lr", "1e30", "--save-every", every))
+    assert re.search(r": task 1, step [1-6]: .*training has diverged: a smaller --lr may help\n$", error)
+    assert not list(RunDirectory(tmp_path).lines("end"))
 
 
 def test_presets_are_settings_that_options_override(example, tmp_path) -> None:

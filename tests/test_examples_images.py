@@ -100,6 +100,24 @@ def test_folders_of_classes_are_split_class_by_class(images, tmp_path) -> None:
         images.load(tmp_path, 0.2, 7)
 
 
+@pytest.mark.parametrize("there", ["train", "test"])
+@pytest.mark.parametrize("other", ["val", "TEST", "ape", None])
+def test_train_and_test_are_no_classes(images, tmp_path, there, other) -> None:
+    """Without the other they would be, of the pictures in all folders below them."""
+    for name in filter(None, (f"{there}/ape", f"{there}/bee", other)):
+        for number in range(3):
+            image_file(tmp_path / name / f"{number}.png")
+    told = rf"--data: got .* with {there}, expected the folders train and test, CIFAR-100's files of these names, or a"
+    with pytest.raises(images.Refused, match=told):
+        images.load(tmp_path, 0.2, 7)
+    # A file in the place of a folder is none either.
+    (tmp_path / ("test" if there == "train" else "train")).write_text("")
+    with pytest.raises(
+        images.Refused, match=r"--data: got .* with train and test, expected the folders train and test"
+    ):
+        images.load(tmp_path, 0.2, 7)
+
+
 def test_crops_lie_within_the_image_and_cover_5_percent_to_all(images) -> None:
     random = torch.Generator().manual_seed(0)
     areas, ratios = [], []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -195,3 +197,13 @@ def test_extra_losses_are_on_the_model_while_it_trains_and_no_longer(tmp_path) -
     callback.close()
     assert not method.model._forward_hooks
     assert method.model.train()(**batch)["loss"].item() == seen["eval"]
+
+
+@pytest.mark.parametrize("missing", [["transformers"], ["accelerate"], ["accelerate", "transformers"]])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, missing) -> None:
+    monkeypatch.delitem(sys.modules, "clora_kernels.integrations.transformers")
+    for name in [name for name in sys.modules if name.split(".")[0] in missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    told = rf"^needs {', '.join(missing)}, not installed here: pip install 'clora_kernels\[transformers\]'$"
+    with pytest.raises(ImportError, match=told):
+        importlib.import_module("clora_kernels.integrations.transformers")

@@ -75,7 +75,7 @@ class CLLoRA(ContinualMethod):
     Raises:
         ValueError: a number out of range; no layer of the model matches; targets in fewer than two blocks or outside of
             the children of one nn.ModuleList.
-        TypeError: a number that is none.
+        TypeError: a number that is none; ``reassignment`` that is no bool, ``exit`` that cannot be called.
     """
 
     def __init__(
@@ -99,6 +99,10 @@ class CLLoRA(ContinualMethod):
             raise ValueError(f"temperature: got {temperature!r}, expected a finite number above 0")
         if isinstance(idle_weights, bool) or not isinstance(idle_weights, int) or idle_weights < 0:
             raise ValueError(f"idle_weights: got {idle_weights!r}, expected a number of weights, an int of at least 0")
+        if not isinstance(reassignment, bool):
+            raise TypeError(f"reassignment: got {reassignment!r}, expected True or False")
+        if not callable(exit):
+            raise TypeError(f"exit: got {exit!r}, expected a function of the model and its hidden states")
         self.distillation, self.temperature, self.reassignment = distillation, temperature, reassignment
         self.weight_penalty, self.exit = weight_penalty, exit
         self.options: dict[str, Any] = {"r": r, "backend": backend}

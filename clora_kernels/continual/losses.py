@@ -131,8 +131,8 @@ def check_weight(name: str, value: float) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raise TypeError, naming the argument, for what is no number."""
-    if not isinstance(value, numbers.Real):
+    """Raise TypeError, naming the argument, for what is no number; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 

@@ -51,12 +51,12 @@ class RunDirectory:
 
     Raises:
         OSError: the folder cannot be made (NotADirectoryError: a file is there).
-        ValueError: ``every`` below 1.
+        ValueError: ``every`` that is no int of at least 1.
     """
 
     def __init__(self, path: str | Path, *, every: int = 10) -> None:
-        if every < 1:
-            raise ValueError(f"every: got {every!r}, expected at least 1 step a line")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: got {every!r}, expected at least 1 step a line, an int")
         self.path, self.every, self.step = Path(path), every, 0
         self.config_file, self.log_file, self.checkpoint_file = (
             self.path / name for name in ("config.json", "log.jsonl", "checkpoint.safetensors")

@@ -26,12 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import GradientState
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..continual.checkpoint import SavedRun, read_states, save_run
+from ..continual.extras import require
 from ..continual.protocol import ContinualMethod, TaskReport
+
+try:
+    from accelerate.state import GradientState
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError:
+    require("accelerate", "transformers", extra="transformers")
+    raise
 
 FILE = "continual.safetensors"
 

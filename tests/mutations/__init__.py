@@ -5,7 +5,9 @@ from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
 from .dac import DAC
+from .digits import DIGITS
 from .dropout_mask import DROPOUT_MASK
+from .examples import EXAMPLES
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
 from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
@@ -93,4 +95,6 @@ MUTANTS: list[Mutant] = [
     *TRAINER,
     *DAC,
     *RUN_DIRECTORY,
+    *DIGITS,
+    *EXAMPLES,
 ]

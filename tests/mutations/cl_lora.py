@@ -106,3 +106,13 @@ CL_LORA += mutants_of(
         ("last-token", "the exit takes the last token", "hidden[:, 0]", "hidden[:, -1]"),
     ],
 )  # fmt: skip
+CL_LORA += mutants_of(
+    "clora_kernels/continual/cl_lora.py",
+    "cl-lora",
+    ("tests/test_continual_cl_lora.py",),
+    [
+        ("reassignment-of-any-type", "a text is a yes", "if not isinstance(reassignment, bool):",
+         "if reassignment is None:"),
+        ("exit-uncalled", "an exit that cannot be called is taken", "if not callable(exit):", "if exit is None:"),
+    ],
+)  # fmt: skip

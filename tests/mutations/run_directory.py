@@ -280,3 +280,12 @@ RUN_DIRECTORY += mutants_of(
         ),
     ],
 )
+RUN_DIRECTORY += mutants_of(
+    "clora_kernels/continual/run_directory.py",
+    "run-directory",
+    ("tests/test_continual_run_directory.py",),
+    [
+        ("every-half-step", "a line for half a step is taken", "not isinstance(every, int) or every < 1", "every < 1"),
+        ("every-true", "True passes for one step", "if isinstance(every, bool) or not", "if not"),
+    ],
+)  # fmt: skip

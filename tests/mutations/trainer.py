@@ -58,5 +58,6 @@ TRAINER = mutants_of(
         ("several-gpus", "several GPUs are taken", "args.world_size > 1 or args.n_gpu > 1", "args.world_size > 1"),
         ("best-model", "the best model's adapters are taken for the last ones", "if args.load_best_model_at_end:",
          "if args.load_best_model_at_end is None:"),
+        ("extra-unnamed", "another extra is named", 'extra="transformers")', 'extra="demo")'),
     ],
 )  # fmt: skip
