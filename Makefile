@@ -1,13 +1,13 @@
-# make demo | test | bench | lint | mutants | selftest: each first makes a virtual environment in .venv, installs the
+# make demo | demo-full | test | bench | lint | mutants | selftest: each first makes a virtual environment in .venv, installs the
 # pinned dependencies and builds the extension, if that is not done already.
 #
 #   VENV=       no environment and no download: run on the packages $(PYTHON) already has (torch must be among them);
 #               the extension is built in the source tree.      make test VENV=
 #   PYTHON=...  the interpreter to start from (python3)
-#   SEEDS=...   seeds of `make demo` (5), REPEATS=... training runs of each (1)
+#   SEEDS=...   seeds of `make demo` (5) and `make demo-full` (10), REPEATS=... training runs of each (1)
 PYTHON ?= python3
 VENV ?= .venv
-SEEDS ?= 5
+SEEDS ?= $(if $(filter demo-full,$(MAKECMDGOALS)),10,5)
 REPEATS ?= 1
 TESTS ?= tests
 
@@ -26,10 +26,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: demo test bench lint mutants selftest setup clean
+.PHONY: demo demo-full test bench lint mutants selftest setup clean
 
 demo: setup
 	SEEDS=$(SEEDS) REPEATS=$(REPEATS) $(PY) examples/compare_on_digits.py
+
+demo-full: setup
+	SEEDS=$(SEEDS) REPEATS=$(REPEATS) $(PY) examples/compare_on_digits.py --full
 
 test: setup
 	$(PY) -m pytest $(WORKERS) $(TESTS)

@@ -22,6 +22,7 @@ COLOURS = {
     "ours_clora": "#6bbf59",
     "ours_aten": "#6bbf59",
     "ours_triton": "#2f9c95",
+    "ours_reference": "#e8985e",
     "peft": "#c1440e",
     "peft_16bit": "#e8985e",
     "cholesky_qr2": "#c1440e",

@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import continual
 import gram_schmidt
 import rank1_experts
 import routed_lora
 import torch
 from operation import Operation
 
-OPERATIONS = {o.name: o for o in (routed_lora.OPERATION, gram_schmidt.OPERATION, rank1_experts.OPERATION)}
+OPERATIONS = {
+    o.name: o for o in (routed_lora.OPERATION, gram_schmidt.OPERATION, rank1_experts.OPERATION, continual.OPERATION)
+}
 CONTESTANTS = list(dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.builders))
 
 

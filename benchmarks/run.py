@@ -11,7 +11,8 @@
 A point is measured after its results were checked (benchmarks/*/checks.py). Results go to stdout and, after every
 point, to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them. Columns: milliseconds; time over the
 yardstick's, within each round; the part of the floor's time (roofline.py) that was reached; peak memory; and
-alpha (the share of the adapter in the output) or traffic (bytes a copy moves in the time, over those of two passes).
+alpha (the share of the adapter in the output), traffic (bytes a copy moves in the time, over those of two passes) or
+how many values are trained.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from registry import OPERATIONS
 from results import ROOT, stamp
 
 WHOLE = {"cuda": 540.0, "cpu": 240.0}
+QUICK, EVERY = 120.0, 360.0  # seconds for the benchmarks of all operations, at their quick and at all their points
 SHORT_TESTS = ("test_routed_lora_fused.py", "test_gram_schmidt_errors.py", "test_dropout_mask.py")
 
 
@@ -55,13 +56,14 @@ def steps(device: torch.device, folder: Path, resumed: bool) -> list[Step]:
     tests += [f"tests/{name}" for name in SHORT_TESTS] if short else ["tests"]
     if find_spec("xdist"):  # tests wait for the compiler more than for the GPU
         tests += ["-n", "logical", "--dist", "worksteal", "-p", "no:benchmark"]
-    limit = 45 if short else 120  # seconds for the benchmarks of one operation, a step of its own
+    # an operation's, a step of its own; in short form a point is what takes its time
+    fast, limit = (40, 45) if short else (round(QUICK / len(OPERATIONS)), round(EVERY / len(OPERATIONS)))
     quick, every = [], []
     for name, operation in OPERATIONS.items():
         few = ["--points", ",".join(point.name for point in operation.cpu_points[:1])] if short else []
         own = [*run, "--op", name, *few, "--resume"]
-        words = [str(folder / f"quick-{name}.json"), "--quick", "--limit", "40"]
-        quick.append(Step(f"quick {name}", [*own, *words], limit=60, reserve=0 if short else 90))
+        words = [str(folder / f"quick-{name}.json"), "--quick", "--limit", str(fast)]
+        quick.append(Step(f"quick {name}", [*own, *words], limit=fast + 20, reserve=0 if short else 90))
         words = [str(folder / f"benchmarks-{name}.json"), "--seconds", "2", "--limit", str(limit)]
         every.append(Step(f"benchmarks {name}", [*own, *words], limit=limit + 20, reserve=0 if short else 60))
     build = [python, "setup.py", "build_ext", "--inplace"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from short_digits import examples, shorts, streams  # noqa: F401
 
 from clora_kernels import extension
 

@@ -11,13 +11,16 @@ from sequences import TARGETS
 from torch import Tensor, nn
 
 from clora_kernels import RoutedLoRALinear
-from clora_kernels.continual import CLoRA, ContinualMethod, SequentialLoRA
+from clora_kernels.continual import DAC, SLAO, CLoRA, ContinualMethod, SequentialLoRA
 
 METHODS = {
     "lora": partial(SequentialLoRA, targets=TARGETS, r=4),
     "lora of the first task": partial(SequentialLoRA, targets=TARGETS, r=4, train="first_task"),
     "c-lora": partial(CLoRA, targets=TARGETS, r=4),
     "c-lora, first factors": partial(CLoRA, targets=TARGETS, r=4, train_factors="first_task"),
+    "slao": partial(SLAO, targets=TARGETS, r=4),
+    "dac": partial(DAC, targets=TARGETS, r=4, k=3, keep=2),
+    "dac by sample": partial(DAC, targets=TARGETS, r=4, k=3, keep=2, selection="sample", weights="probability"),
 }
 
 

@@ -66,7 +66,7 @@ def copy_of(source: Path) -> Iterator[Path]:
     """What the tests and the build of the extension need."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         root = Path(folder)
-        for name in ("clora_kernels", "csrc", "tests"):
+        for name in ("clora_kernels", "csrc", "examples", "tests"):
             shutil.copytree(source / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(source / name, root / name)

@@ -76,7 +76,7 @@ def test_names_choose_operations_points_and_contestants(benchmarks):
         }
 
     everything = chosen()
-    assert list(everything) == ["routed_lora", "gram_schmidt", "rank1_experts"]
+    assert list(everything) == ["routed_lora", "gram_schmidt", "rank1_experts", "continual"]
     assert set(chosen(op="gram_schmidt")) == {"gram_schmidt"}
     for name, operation in registry.OPERATIONS.items():
         points, contestants = everything[name]
@@ -124,6 +124,10 @@ def test_the_suite_measures_every_operation(device, benchmarks, tmp_path):
     every = {name: few.get(name, len(o.gpu_points)) for name, o in registry.OPERATIONS.items()}
     quick = {name: few.get(name, sum(p.quick for p in o.gpu_points)) for name, o in registry.OPERATIONS.items()}
     assert measured == [(n, "quick", c) for n, c in quick.items()] + [(n, "all", c) for n, c in every.items()]
+    if device == "cuda":  # what comes before the tests leaves them what they leave to others, however many operations
+        names = [step.name for step in steps]
+        tests, whole = steps[names.index("tests")], benchmarks("suite").WHOLE[device]
+        assert sum(step.limit for step in steps[: names.index("tests")]) <= whole - tests.reserve
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

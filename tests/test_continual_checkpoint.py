@@ -78,12 +78,14 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path) -> None:
     path = save_run(tmp_path / "run.safetensors", method)
     with pytest.raises(ValueError, match=r"objects: got \['head'\], expected those of the file, \[\]"):
         load_run(path, method).restore(head=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"missing \['frozen_routing', 'routing'\]|unexpected"):
+    told = r"of a method with \{'method': 'CLoRA'\}, expected \{'method': 'SequentialLoRA'\}"
+    with pytest.raises(ValueError, match=told):
         load_run(path, METHODS["lora"](Net()))
     with pytest.raises(ValueError, match=r"missing \[\], unexpected \['layers.second"):
         load_run(path, CLoRA(Net(), ["first"], r=4))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"of a method with \{'r': 4\}, expected \{'r': 2\}"):
         load_run(path, CLoRA(Net(), TARGETS, r=2))
+    load_run(path, CLoRA(Net(), TARGETS, r=4, backend="aten"))
     with pytest.raises(FileNotFoundError, match=r"path: got '.*nowhere', expected a file that save_run"):
         load_run(tmp_path / "nowhere", method)
     from safetensors.torch import save_file
@@ -120,3 +122,27 @@ def test_a_file_of_garbage_is_told(content: bytes, tmp_path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"path: got '.*run\.safetensors', which cannot be read"):
         load_run(path, METHODS["c-lora"](Net()))
+
+
+@pytest.mark.parametrize("name", ["slao", "dac", "c-lora"])
+def test_a_state_without_what_the_method_keeps_changes_nothing(name: str) -> None:
+    method, other = METHODS[name](Net()), METHODS[name](Net())
+    learn(method, 2)
+    method.begin_task()
+    state = method.state_dict()
+    lost = [k for k in state if k.startswith("kept.") and k.endswith("second.lora_B")][-1]
+    del state[lost]
+    before = {k: v.clone() for k, v in {**other.state_dict(), **other.model.state_dict()}.items()}
+    with pytest.raises(ValueError, match=rf"state: missing \['{lost}'\], expected what 2 finished tasks left"):
+        other.load_state_dict(state)
+    after = {**other.state_dict(), **other.model.state_dict()}
+    assert all(torch.equal(after[k], before[k]) for k in before) and other.task == 0
+    other.load_state_dict(method.state_dict())
+
+
+def test_the_settings_are_the_options_with_their_defaults() -> None:
+    assert METHODS["lora of the first task"](Net()).settings == {
+        "method": "SequentialLoRA", "train": "first_task", "r": 4, "scaling": 1.0, "dropout_p": 0.0,
+    }  # fmt: skip
+    copied = copy.deepcopy(METHODS["slao"](Net()))
+    assert copied.settings == METHODS["slao"](Net()).settings

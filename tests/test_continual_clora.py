@@ -243,6 +243,12 @@ def test_energy_is_checked_where_it_is_given() -> None:
     for energy in (1.5, -0.5, math.nan):
         with pytest.raises(ValueError, match=f"energy: got {energy}, expected a fraction"):
             clora(energy=energy)
-    for option, value in (("energy", None), ("energy", "1"), ("orthogonality", "1"), ("orthogonality", 1j)):
+    for option, value in (
+        ("energy", None),
+        ("energy", "1"),
+        ("orthogonality", "1"),
+        ("orthogonality", 1j),
+        ("energy", True),
+    ):
         with pytest.raises(TypeError, match=f"{option}: got {type(value).__name__}, expected a number"):
             clora(**{option: value})

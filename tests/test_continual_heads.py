@@ -56,3 +56,19 @@ def test_prototypes_refuse_what_does_not_fit() -> None:
     for task in (0, 2):
         with pytest.raises(ValueError, match=f"task: got {task}"):
             p.predict(torch.eye(2), task=task)
+
+
+def test_prototypes_are_saved_and_loaded() -> None:
+    p, loaded = Prototypes(), Prototypes()
+    for task in range(2):
+        p.add_task(torch.randn(6, 4), torch.tensor([0, 1, 2] * 2) + 3 * task)
+    state, x = p.state_dict(), torch.randn(20, 4)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.predict(x), p.predict(x)) and torch.equal(loaded.predict(x, 1), p.predict(x, 1))
+    # What comes later is in neither the state nor the other.
+    p.add_task(torch.randn(1, 4), torch.tensor([9]))
+    assert len(state["means"]) == len(state["classes"]) == len(loaded.means) == 2
+    with pytest.raises(ValueError, match=r"the classes \[5\] of an earlier task"):
+        loaded.add_task(torch.randn(1, 4), torch.tensor([5]))
+    loaded.add_task(torch.randn(1, 4), torch.tensor([7]))
+    assert len(state["means"]) == len(state["classes"]) == 2

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from clora_kernels.continual import leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from clora_kernels.continual import (
+    block_weight_penalty,
+    leading_left_singular_vectors,
+    low_rank_norm,
+    pairwise_overlap,
+    routing_orthogonality,
+    soft_cross_entropy,
+)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -41,6 +50,34 @@ def test_routing_orthogonality_sees_the_output_side_of_the_basis_only() -> None:
 def test_a_basis_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="basis: got shape"):
         routing_orthogonality(torch.zeros(3, 4, 4), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("c", [0, 1, 5])
+def test_pairwise_overlap_and_its_gradient(lead: tuple[int, ...], c: int) -> None:
+    A, old = normal(*lead, 2, 7).requires_grad_(), normal(*lead, c, 7).requires_grad_()
+    loss = pairwise_overlap(A, old)
+    rows = zip(A.detach().view(-1, 2, 7), old.detach().view(math.prod(lead), c, 7), strict=True)
+    by_hand = sum(abs(float((a * b).sum())) for new_i, old_i in rows for a in new_i for b in old_i)
+    assert loss.shape == () and loss.item() == pytest.approx(by_hand, rel=1e-12)
+    dA, d_old = torch.autograd.grad(loss, (A, old))
+    sign = (A @ old.mT).sign().detach()
+    torch.testing.assert_close(dA, sign @ old.detach())
+    torch.testing.assert_close(d_old, sign.mT @ A.detach())
+    assert torch.autograd.gradcheck(pairwise_overlap, (A, old))
+
+
+def test_rows_that_are_orthogonal_do_not_overlap_and_are_not_pushed() -> None:
+    A, old = torch.eye(4)[:2].requires_grad_(), torch.eye(4)[2:]
+    loss = pairwise_overlap(A, old)
+    loss.backward()
+    assert loss == 0 and not A.grad.any()
+
+
+@pytest.mark.parametrize(("new", "old"), [((2, 5), (2, 4)), ((3, 2, 5), (2, 5)), ((3, 2, 5), (2, 2, 5))])
+def test_rows_that_do_not_fit_are_refused(new: tuple[int, ...], old: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"old: got shape \(.*expected \[\.\.\., c, K\]"):
+        pairwise_overlap(torch.zeros(new), torch.zeros(old))
 
 
 def test_leading_vectors_are_the_fewest_that_hold_the_energy() -> None:
@@ -79,3 +116,57 @@ def test_low_rank_norm_keeps_the_digits_of_a_small_difference() -> None:
 def test_full_energy_takes_the_rank_and_no_rounding():
     matrix = torch.randn(8, 3) @ torch.randn(3, 8)
     assert (leading_left_singular_vectors(matrix, 1.0).norm(dim=0) > 0).sum() == 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3])
+def test_soft_cross_entropy_and_its_gradients(temperature: float) -> None:
+    s, t = normal(5, 4).requires_grad_(), normal(5, 4).requires_grad_()
+    loss = soft_cross_entropy(s, t, temperature)
+    p_s, p_t = (torch.exp(z / temperature) for z in (s.detach(), t.detach()))
+    p_s, p_t = p_s / p_s.sum(1, keepdim=True), p_t / p_t.sum(1, keepdim=True)
+    g = -p_s.log()
+    torch.testing.assert_close(loss.detach(), (p_t * g).sum() / 5)
+    ds, dt = torch.autograd.grad(loss, (s, t))
+    torch.testing.assert_close(ds, (p_s - p_t) / (5 * temperature))
+    torch.testing.assert_close(dt, p_t * (g - (p_t * g).sum(1, keepdim=True)) / (5 * temperature))
+    assert torch.autograd.gradcheck(lambda s, t: soft_cross_entropy(s, t, temperature), (s, t))
+    assert torch.autograd.gradgradcheck(lambda s, t: soft_cross_entropy(s, t, temperature), (s, t))
+
+
+def test_soft_cross_entropy_of_many_dimensions_and_of_large_logits() -> None:
+    s, t = normal(2, 3, 4), normal(2, 3, 4)
+    torch.testing.assert_close(soft_cross_entropy(s, t), soft_cross_entropy(s.reshape(6, 4), t.reshape(6, 4)))
+    assert soft_cross_entropy(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])) == 1e4
+    with pytest.raises(ValueError, match=r"target_logits: got shape \(5, 3\), expected \(5, 4\)"):
+        soft_cross_entropy(torch.zeros(5, 4), torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_block_weight_penalty_and_its_gradient(tasks: int) -> None:
+    mu, old = normal(6).requires_grad_(), normal(tasks, 6).requires_grad_()
+    loss = block_weight_penalty(mu, old)
+    m, expected, gradient = mu.detach(), torch.zeros((), dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for o in old.detach():
+        c = (m @ o) / (m.norm() * o.norm())
+        expected += c.abs() / tasks
+        gradient += c.sign() * (o / (m.norm() * o.norm()) - c * m / m.norm() ** 2) / tasks
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, mu)[0], gradient)
+    assert torch.autograd.gradcheck(block_weight_penalty, (mu, old))
+    assert torch.autograd.gradgradcheck(block_weight_penalty, (mu, old))
+
+
+@pytest.mark.parametrize("mu", [[0.0, 2.0], [0.0, 0.0]], ids=["at right angles", "zero"])
+def test_block_weights_without_a_cosine_have_no_gradient(mu: list[float]) -> None:
+    weights = torch.tensor(mu, requires_grad=True)
+    loss = block_weight_penalty(weights, torch.tensor([[3.0, 0.0]]))
+    loss.backward()
+    assert loss == 0 and torch.equal(weights.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 3), (1, 2, 4)])
+def test_block_weights_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="old: got shape"):
+        block_weight_penalty(torch.ones(4), torch.ones(shape))
+    with pytest.raises(ValueError, match="old: got shape"):
+        block_weight_penalty(torch.ones(1, 4), torch.ones(1, 1, 4))

@@ -90,6 +90,9 @@ def test_tables_hold_every_method_metric_and_column() -> None:
     better = [c.strip() for c in lines[3].strip("|").split("|")]
     # last: 25/40 − 0.1/4 and − 0.5/4
     assert better[:2] == ["better", "55.0 ± 7.1"] and better[-1] == "1.5"
+    # One run does not deviate.
+    (alone,) = table({"one": results["better"][:1]}).splitlines()[2:]
+    assert "±" not in alone and "nan" not in alone and alone.split("|")[2].strip() == "60.0"
     paired = paired_table(results, "base").splitlines()
     assert len(paired) == 3 and "+2.5 ± 0.0" in paired[2] and "base" not in paired[2]
     with pytest.raises(KeyError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from methods import METHODS, OLoRA
 from sequences import TARGETS, Net, batch, learn, train
 from torch import Tensor, nn
@@ -42,6 +44,36 @@ def test_extra_losses_reach_the_gradients() -> None:
     train(method, torch.optim.SGD(method.param_groups(0.0)), 1, range(1))
     # B = 0 as yet: the task itself gives A no gradient.
     assert (method.layers["first"].lora_A.grad == 3).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_loss_in_parts_is_their_sum(parts: int) -> None:
+    """One part at a time: none runs before the one before it was differentiated."""
+    base, (x, labels) = Net().double(), batch(1, 0)
+    methods = [METHODS["c-lora"](copy.deepcopy(base)) for _ in range(2)]
+    whole, split = methods
+    split.load_state_dict({k: v.clone() for k, v in whole.state_dict().items()})
+    seen: list[tuple[int, bool]] = []
+
+    def loss_of(method: ContinualMethod, rows: slice) -> Tensor:
+        seen.append((rows.start, method.layers["first"].routing.grad is not None))
+        return F.cross_entropy(method.model(x.double()[rows]), labels[rows], reduction="sum")
+
+    size = -(-len(x) // parts)
+    pieces = [slice(start, start + size) for start in range(0, len(x), size)]
+    for method, losses in ((whole, slice(0, len(x))), (split, pieces)):
+        method.begin_task()
+        optimizer = torch.optim.SGD(method.param_groups(0.1), momentum=0.9)
+        for _ in range(2):
+            seen.clear()
+            functions = [partial(loss_of, method, rows) for rows in (losses if method is split else [losses])]
+            told = method.training_step(x, functions if method is split else functions[0], optimizer)
+        method.told = told
+    assert seen == [(rows.start, i > 0) for i, rows in enumerate(pieces)]
+    torch.testing.assert_close(split.told, whole.told)
+    torch.testing.assert_close(split.state_dict(), whole.state_dict())
+    with pytest.raises(ValueError, match=r"task_loss: got \[\], expected a function or several"):
+        split.training_step(x, [], optimizer)
 
 
 def test_attaching_swaps_the_targets_and_freezes_the_rest() -> None:
@@ -90,11 +122,13 @@ def test_tasks_begin_and_end_in_turn() -> None:
 
 
 def test_what_learns_in_which_task() -> None:
-    for name, later in (
-        ("lora", 4),
-        ("lora of the first task", 0),
-        ("c-lora", 6),
-        ("c-lora, first factors", 2),
+    for name, first, later in (
+        ("lora", 4, 4),
+        ("lora of the first task", 4, 0),
+        ("c-lora", 6, 6),
+        ("c-lora, first factors", 6, 2),
+        ("dac", 4, 4),
+        ("dac by sample", 8, 8),
     ):
         method = METHODS[name](Net())
         counts = []
@@ -103,18 +137,23 @@ def test_what_learns_in_which_task() -> None:
             assert {id(p) for p in method.trainable()} == {id(p) for p in method.model.parameters() if p.requires_grad}
             counts.append(len(method.trainable()))
             method.end_task()
-        assert counts == [6 if "c-" in name else 4, later, later], name
+        assert counts == [first, later, later], name
     assert SequentialLoRA(Net(), TARGETS, train="never").trainable() == []
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_does_not_grow_with_tasks(name: str) -> None:
+def test_memory_grows_by_what_is_folded_alone(name: str) -> None:
+    """The frozen weights are not saved, so what went into them is: of DAC, A, B and the counts of every task. SLAO has
+    two pairs, however many tasks."""
     reports = learn(METHODS[name](Net()), 1) if "lora of" in name else learn(METHODS[name](Net()), 4)
-    adapters = 4 * (6 + 9) + 4 * (9 + 5) + (4 * 16 if "c-" in name else 0)
-    assert {r.stored for r in reports} == {adapters}
+    pairs = 4 * (6 + 9) + 4 * (9 + 5)
+    routers, counts = (4 * (6 + 1) + 4 * (9 + 1), 2 * 4) if "dac" in name else (0, 0)
+    adapters = pairs * (2 if name == "slao" else 1) + (4 * 16 if "c-" in name else 0) + routers + counts
+    folded = pairs + counts if "dac" in name else 0
+    assert [r.stored for r in reports] == [adapters + r.task * folded for r in reports]
 
 
-@pytest.mark.parametrize("name", ["lora", "c-lora"])
+@pytest.mark.parametrize("name", ["lora", "c-lora", "dac"])
 def test_inference_is_one_merged_weight_and_leaves_no_trace(name: str) -> None:
     method = METHODS[name](Net())
     learn(method, 2)

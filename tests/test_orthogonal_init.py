@@ -24,7 +24,7 @@ def examples():
         import digits
         import orthogonal_init
 
-        patch.setattr(digits, "PRETRAINING_EPOCHS", 1)
+        patch.setitem(digits.PRETRAINING_EPOCHS, "classes", 1)
         patch.setattr(orthogonal_init, "EPOCHS", 3)
         yield orthogonal_init, digits
 
@@ -32,7 +32,7 @@ def examples():
 @pytest.fixture(scope="module")
 def stream(examples):
     made = examples[1].make_stream(0)
-    return dataclasses.replace(made, train=examples[1].Samples(*(t[::4] for t in made.train)))
+    return dataclasses.replace(made, train=[examples[1].Samples(*(t[::4] for t in task)) for task in made.train])
 
 
 def test_the_start_is_orthogonal_and_the_new_task_is_learned(examples, stream) -> None:
@@ -50,7 +50,7 @@ def test_the_start_is_orthogonal_and_the_new_task_is_learned(examples, stream) -
 def test_rows_keep_their_length_and_dependent_ones_are_drawn_anew(examples, stream) -> None:
     example, _ = examples
     model, layers = example.adapt(stream.backbone, 5)
-    images = stream.test.images[:7]
+    images = stream.test[0].images[:7]
     before = model(images)
     old = {name: torch.randn(6, layer.in_features) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -78,10 +78,13 @@ def test_overlap_is_one_of_the_same_and_zero_of_the_orthogonal(examples, stream)
 def test_folding_ends_a_task(examples, stream) -> None:
     example, _ = examples
     model, layers = example.adapt(stream.backbone, 3)
-    example.learn(model, stream.train.of(stream.tasks[0]))
-    learned, before = {n: layer.lora_A.detach().clone() for n, layer in layers.items()}, model(stream.test.images[:5])
+    example.learn(model, stream.train[0])
+    learned, before = (
+        {n: layer.lora_A.detach().clone() for n, layer in layers.items()},
+        model(stream.test[0].images[:5]),
+    )
     old = example.fold(layers)
-    torch.testing.assert_close(model(stream.test.images[:5]), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(stream.test[0].images[:5]), before, rtol=1e-4, atol=1e-5)
     for name, layer in layers.items():
         assert torch.equal(old[name], learned[name]) and not layer.lora_B.any()
         assert not torch.equal(layer.lora_A, old[name])

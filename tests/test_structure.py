@@ -25,10 +25,11 @@ PARTS = [
     "report",
     "clora_kernels",
     "testing",
+    "continual",
+    "integrations",
 ]
-USERS = ["continual", "integrations"]  # of everything below, each on its own
 ENTRIES = ["selftest", "tune", "__main__"]
-RANK = {part: rank for rank, part in enumerate([*PARTS, "users", *ENTRIES])}
+RANK = {part: rank for rank, part in enumerate([*PARTS, *ENTRIES])}
 
 OPERATIONS = ["gram_schmidt", "rank1_experts", "routed_lora"]
 WITHOUT = {"modules": {"gram_schmidt"}}  # it has no parameters
@@ -41,8 +42,8 @@ SHARED = {  # files that serve several operations, or tests, beside the ones tha
 }
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
-    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "examples", "pyproject.toml",
-    "setup.py", "tests",
+    "Makefile", "README.md", "benchmarks", "clora_kernels", "constraints.txt", "csrc", "docs", "examples",
+    "pyproject.toml", "setup.py", "tests",
 }  # fmt: skip
 
 # Each is written so that it does not match itself.
@@ -99,8 +100,7 @@ def part_of(module: str) -> str:
 
 
 def rank_of(module: str) -> int:
-    part = part_of(module)
-    return RANK["users" if part in USERS else part]
+    return RANK[part_of(module)]
 
 
 def test_imports_go_downwards():

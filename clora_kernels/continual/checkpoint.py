@@ -28,6 +28,7 @@ def save_run(path: str | Path, method: ContinualMethod, **objects: Any) -> Path:
     from safetensors.torch import save_file
 
     states = {
+        "settings": method.settings,
         "method": method.state_dict(),
         "rng": _random_state(),
         "objects": {k: v.state_dict() for k, v in objects.items()},
@@ -70,7 +71,24 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
     Raises:
         ImportError: without safetensors.
         FileNotFoundError: no such file.
-        ValueError: a file of something else, or of another method or model.
+        ValueError: a file of something else, of another method, of other options of it, or of another model.
+    """
+    states = read_states(path)
+    saved = states["settings"]
+    names = [name for name in (saved | method.settings) if saved.get(name) != method.settings.get(name)]
+    if names:
+        names = ["method"] if "method" in names else names
+        got, expected = ({name: of.get(name) for name in names} for of in (saved, method.settings))
+        raise ValueError(f"path: got {str(path)!r} of a method with {got}, expected {expected}")
+    method.load_state_dict(states["method"])
+    return SavedRun(states["objects"], states["rng"])
+
+
+def read_states(path: str | Path) -> dict[str, Any]:
+    """What :func:`save_run` wrote: "settings" of the method, "method", its ``state_dict()``, "objects" and "rng".
+
+    Raises:
+        As :func:`load_run`, of the file.
     """
     require("safetensors")
     from safetensors import SafetensorError, safe_open
@@ -83,11 +101,9 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"path: got {str(path)!r}, which cannot be read: {error}") from None
-    if structure.keys() != {"method", "rng", "objects"}:
+    if structure.keys() != {"settings", "method", "rng", "objects"}:
         raise ValueError(f"path: got {str(path)!r} without a run in it, expected a file that save_run wrote")
-    states = {name: _decode(code, tensors) for name, code in structure.items()}
-    method.load_state_dict(states["method"])
-    return SavedRun(states["objects"], states["rng"])
+    return {name: _decode(code, tensors) for name, code in structure.items()}
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from ..autograd.gram_schmidt import orthonormal_basis
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
 from .lora import RoutedLoRAMethod
-from .losses import check_fraction, check_number, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import check_fraction, check_weight, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
 
 BASES = ("leading", "full", "raw")
 TRAIN_FACTORS = ("always", "first_task")
@@ -56,6 +56,8 @@ class CLoRA(RoutedLoRAMethod):
         TypeError: an ``orthogonality`` or ``energy`` that is no number.
     """
 
+    layer_type = RoutedLoRALinear
+
     def __init__(
         self,
         model: nn.Module,
@@ -70,9 +72,7 @@ class CLoRA(RoutedLoRAMethod):
         for name, value, known in (("basis", basis, BASES), ("train_factors", train_factors, TRAIN_FACTORS)):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-        check_number("orthogonality", orthogonality)
-        if not 0 <= orthogonality < math.inf:
-            raise ValueError(f"orthogonality: got {orthogonality!r}, expected a finite weight of at least 0")
+        check_weight("orthogonality", orthogonality)
         check_fraction("energy", energy)
         self.orthogonality, self.basis, self.energy = orthogonality, basis, energy
         self.train_factors = train_factors
@@ -80,7 +80,7 @@ class CLoRA(RoutedLoRAMethod):
 
     def make_layer(self, linear: nn.Module) -> RoutedLoRALinear:
         """Both routings zero, A Kaiming, B normal: ΔW = 0, and the first gradient of R_δ is not."""
-        layer = RoutedLoRALinear.from_linear(linear, routing=True, frozen_routing=True, **self.options)
+        layer = self.layer_type.from_linear(linear, routing=True, frozen_routing=True, **self.options)
         nn.init.normal_(layer.lora_B, std=1 / math.sqrt(layer.r))
         nn.init.zeros_(layer.get_parameter("routing"))
         return layer
@@ -133,11 +133,8 @@ class CLoRA(RoutedLoRAMethod):
             return
         self.kept["basis"] = self._basis_of(old)
         for name, layer in self.routed():
-            A, B, _, _ = layer.adapter_tensors()
-            self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"] = (
-                A.detach().clone(),
-                B.detach().clone(),
-            )
+            self.kept[f"start.{name}.lora_A"] = layer.lora_A.clone()
+            self.kept[f"start.{name}.lora_B"] = layer.lora_B.clone()
 
     def _basis_of(self, old: Tensor) -> Tensor:
         if self.basis == "raw":
@@ -146,11 +143,16 @@ class CLoRA(RoutedLoRAMethod):
             return orthonormal_basis(old).Q
         return leading_left_singular_vectors(old, self.energy)
 
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+        """A and B as the task found them, where there is a basis."""
+        return [f"start.{name}.lora_{x}" for name in self.layers for x in "AB"] if "basis" in kept else []
+
     def extra_losses(self) -> dict[str, Tensor]:
         """λ·Σ_layers ‖Q_oldᵀ·R_δ‖²_F; none in the first task."""
         if "basis" not in self.kept or self.orthogonality == 0:
             return {}
-        loss = routing_orthogonality(_stacked(self.routings()), self.kept["basis"])
+        routings = _stacked(self.routings())
+        loss = routing_orthogonality(routings, self.kept["basis"].to(routings))
         return {"orthogonality": self.orthogonality * loss}
 
     def on_task_end(self) -> dict[str, float | None]:
@@ -167,9 +169,9 @@ class CLoRA(RoutedLoRAMethod):
             return None
         moved, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for name, layer in self.routed():
-            A, B, _, frozen = layer.adapter_tensors()
+            A, B = layer.lora_A, layer.lora_B
             A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
-            R_old = cast(Tensor, frozen).double()
+            R_old = layer.get_buffer("frozen_routing").double()
             routed, routed_start = (b.double() @ R_old.mT for b in (B, B_start))
             left = torch.cat([A_start, A]).mT
             moved += low_rank_norm(left, torch.cat([routed_start, -routed], 1)).square().cpu()

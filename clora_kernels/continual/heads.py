@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,5 +70,16 @@ class Prototypes:
         views = [features] * len(self.means) if isinstance(features, Tensor) else features
         if len(views) != len(self.means):
             raise ValueError(f"features: got {len(views)} views, expected one for each of {len(self.means)} tasks")
-        cosines = [F.normalize(views[t], dim=-1) @ F.normalize(self.means[t], dim=-1).mT for t in tasks]
-        return torch.cat([self.classes[t] for t in tasks])[torch.cat(cosines, 1).argmax(1)]
+        # Loaded ones are on the CPU, whatever device the features are on.
+        means = [self.means[t].to(views[t].device) for t in tasks]
+        cosines = [F.normalize(views[t], dim=-1) @ F.normalize(m, dim=-1).mT for t, m in zip(tasks, means, strict=True)]
+        best = torch.cat(cosines, 1).argmax(1)
+        return torch.cat([self.classes[t].to(best.device) for t in tasks])[best]
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Classes and means, a tensor each a task."""
+        return {"classes": list(self.classes), "means": list(self.means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the classes and means of a ``state_dict`` in place of those that are there."""
+        self.classes, self.means = list(state["classes"]), list(state["means"])

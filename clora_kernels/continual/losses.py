@@ -3,13 +3,25 @@ r"""Losses that keep tasks apart, and the small linear algebra around them.
 Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of what the old routing R_old uses:
 
     L = Σ_layers ‖Qᵀ·R_δ‖²_F             dL/dR_δ = 2·Q·Qᵀ·R_δ
+
+Overlap of rows (of A: O-LoRA; of Bᵀ: AGO of DAC, arXiv 2601.22828), A the new rows and A_old those of earlier tasks:
+
+    L = Σ_ij |A·A_oldᵀ|_ij               dL/dA = sign(A·A_oldᵀ)·A_old        sign(0) = 0
+
+Soft cross-entropy and block weights (CL-LoRA, CVPR 2025), p_z = softmax(z/τ) by rows, S rows:
+
+    L = −1/S·Σ p_t·log p_s               dL/ds = (p_s − p_t)/(τ·S)
+                                         dL/dt = p_t ⊙ (g − Σ p_t·g)/(τ·S), g = −log p_s
+    L = 1/T·Σ_i |cos(μ, μ_i)|            dL/dμ = 1/T·Σ_i sign(c_i)·(μ_i/(‖μ‖·‖μ_i‖) − c_i·μ/‖μ‖²), c_i = cos(μ, μ_i)
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +41,56 @@ def routing_orthogonality(routing: Tensor, basis: Tensor) -> Tensor:
             f"routing, {tuple(routing.shape)}"
         )
     return (basis.mT @ routing).square().sum()
+
+
+def pairwise_overlap(new: Tensor, old: Tensor) -> Tensor:
+    """The sum of |⟨a, b⟩| over all rows a of ``new`` and b of ``old``, and over all leading dimensions; a 0-dim tensor.
+
+    Args:
+        new: ``[..., r, K]``.
+        old: ``[..., c, K]``; gets a gradient too where it requires one.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]:
+        raise ValueError(
+            f"old: got shape {tuple(old.shape)}, expected [..., c, K] with the leading dimensions and K of new, "
+            f"{tuple(new.shape)}"
+        )
+    return (new @ old.mT).abs().sum()
+
+
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """−Σ softmax(target_logits/τ)·log softmax(logits/τ), the mean over rows; a 0-dim tensor, not multiplied by τ².
+    Gradients flow into both: detach the targets where they are given.
+
+    Args:
+        logits, target_logits: ``[..., classes]``.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if logits.shape != target_logits.shape:
+        raise ValueError(f"target_logits: got shape {tuple(target_logits.shape)}, expected {tuple(logits.shape)}")
+    wanted = F.softmax(target_logits / temperature, -1)
+    return -(wanted * F.log_softmax(logits / temperature, -1)).sum(-1).mean()
+
+
+def block_weight_penalty(weights: Tensor, old: Tensor) -> Tensor:
+    """Mean over tasks of |cos(weights, old_i)|; a 0-dim tensor. At right angles, and for weights that are zero, the
+    cosine is zero and the gradient that of torch's abs there, zero.
+
+    Args:
+        weights: μ ``[n]``.
+        old: those of earlier tasks, ``[T, n]``, T at least 1.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weights.dim() != 1 or old.dim() != 2 or old.shape[1:] != weights.shape or not len(old):
+        raise ValueError(f"old: got shape {tuple(old.shape)}, expected [T, n] for weights {tuple(weights.shape)}")
+    return F.cosine_similarity(weights, old, dim=-1).abs().mean()
 
 
 def leading_left_singular_vectors(matrix: Tensor, energy: float = 0.9) -> Tensor:
@@ -61,9 +123,16 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a fraction from 0 to 1")
 
 
+def check_weight(name: str, value: float) -> None:
+    """Raise, naming the argument, TypeError for what is no number and ValueError for one that no loss is weighed by."""
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, expected a finite weight of at least 0")
+
+
 def check_number(name: str, value: float) -> None:
-    """Raise TypeError, naming the argument, for what is no number."""
-    if not isinstance(value, numbers.Real):
+    """Raise TypeError, naming the argument, for what is no number; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 

@@ -169,7 +169,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def table(
     results: Mapping[str, Sequence[TaskAccuracies]], columns: Mapping[str, Mapping[str, str]] | None = None
 ) -> str:
-    """A Markdown table of every method: mean ± standard deviation of each metric in percent.
+    """A Markdown table of every method: mean ± standard deviation (of a single run: none) of each metric in percent.
 
     Args:
         results: the runs of each method by its name.
@@ -178,7 +178,8 @@ def table(
     columns = columns or {}
     rows = [["method", *METRICS, *columns]]
     for method, runs in results.items():
-        cells = [f"{100 * e.mean:.1f} ± {100 * e.sd:.1f}" for e in summaries(runs).values()]
+        deviates = len(runs) > 1
+        cells = [f"{100 * e.mean:.1f}" + f" ± {100 * e.sd:.1f}" * deviates for e in summaries(runs).values()]
         rows.append([method, *cells, *(c.get(method, "") for c in columns.values())])
     return _aligned(rows)
 

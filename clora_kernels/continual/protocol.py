@@ -4,8 +4,8 @@ A task runs through the calls on the left, in this order; a method overrides the
 what they do by default)::
 
     method = Method(model, targets=[...])       make_layer(linear)          what takes a target's place (no default)
-    method.begin_task()                         on_task_start()             (nothing)
-                                                trainable()                 what learns (every adapter parameter)
+    method.begin_task(head)                     on_task_start()             (nothing)
+                                                trainable()                 what learns (adapters and ``own``)
     optimizer = SGD(method.param_groups(lr))    param_groups(lr)            (all of it at one rate)
                                                 check_optimizer(optimizer)  warn of one that does not suit (nothing)
     every batch:
@@ -14,18 +14,20 @@ what they do by default)::
                                                 extra_losses()              added to the task's loss (none)
                                                 adjust_gradients(step)      between backward and step (nothing)
     report = method.end_task()                  on_task_end()               measures for the report (none)
-    with method.inference(task): ...            inference(task)             (eval mode, adapters merged)
-                                                views()                     whose inference to test by (one for all)
+    outputs = method.outputs(inputs)            views()                     whose inference to test by (one for all)
+    with method.inference(view): ...            tested_adapters(view)       what a test puts into adapters (nothing)
+    method.load_state_dict(state)               needs(kept, finished)       what ``kept`` must hold (nothing)
+                                                on_load()                   bring ``kept`` where it is used (nothing)
 
-A method keeps what it carries from task to task in adapters, which are saved by themselves, and in ``self.kept``, a
-flat dict of tensors; both go into ``state_dict``, so that a method in one file need not write saving and loading. A
-training loop of one's own calls ``extra_losses`` and ``adjust_gradients`` where ``training_step`` does.
+A method keeps what it carries from task to task in adapters, in the parameters ``self.own`` and in ``self.kept``, a
+flat dict of tensors; all are in ``state_dict``, so that a method in one file need not write saving and loading. A
+training loop of one's own calls ``check_optimizer``, ``extra_steps``, ``extra_losses``, ``adjust_gradients`` and
+``tell`` where ``training_step`` does. Loggers are functions in ``self.listeners``.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.adapter import AdapterLinear
-from ..modules.inject import Targets, freeze_base, inject, merge_all, unmerge_all
+from ..modules.inject import Targets
+from .attached import Adapters, AttachedLayers
+
+Listener = Callable[[str, int, Mapping[str, Any]], object]
+TaskLoss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class TaskReport:
         return ", ".join([f"task {self.task}: {self.trainable} trained, {self.stored} stored", *measures])
 
 
-class ContinualMethod:
+class ContinualMethod(AttachedLayers):
     """Base class: swaps the targets' layers, freezes the rest, counts tasks, saves and loads.
 
     Args:
@@ -64,7 +69,11 @@ class ContinualMethod:
         layers: the method's layers by their names in the model.
         task: the number of the task begun last, from 1; 0 before the first.
         in_task: whether that task is still being learned.
+        head: what ``begin_task`` was given. It is not in ``state_dict``: who resumes within a task sets it again.
+        own: parameters of the method beside those of the layers, by name.
         kept: tensors that the method carries along, by name.
+        listeners: called with what happened ("begin", "step" or "end"), the task's number and values by name: of a step
+            its losses, 0-dim tensors that nobody has waited for yet; of an end those of the report.
 
     Raises:
         ValueError: no layer of the model matches.
@@ -72,35 +81,19 @@ class ContinualMethod:
     """
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
-        self.model = model
         self.task, self.in_task = 0, False
-        self.kept: dict[str, Tensor] = {}
-        self.layers = self.attach(targets)
+        self.head: nn.Module | None = None
+        self.listeners: list[Listener] = []
+        super().__init__(model, targets)
 
-    def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
-        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
-        layers: dict[str, AdapterLinear] = {}
-        for name in inject(self.model, self.make_layer, targets).swapped:
-            layer = self.model.get_submodule(name)
-            if not isinstance(layer, AdapterLinear):
-                raise TypeError(f"make_layer: got {type(layer).__name__} for {name}, expected an AdapterLinear")
-            if layer not in layers.values():
-                layers[name] = layer
-        freeze_base(self.model)
-        return layers
-
-    # The hooks of a method
-
-    def make_layer(self, linear: nn.Module) -> AdapterLinear:
-        """The layer that takes the place of ``linear``, for instance a RoutedLoRALinear."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which layer takes the place of a target")
+    # The hooks of a method, beside make_layer
 
     def on_task_start(self) -> None:
-        """Prepare adapters and ``kept`` for task ``self.task``."""
+        """Prepare adapters, ``own`` and ``kept`` for task ``self.task``."""
 
     def trainable(self) -> list[nn.Parameter]:
-        """The adapter parameters that learn in task ``self.task``: from the options and the task's number alone."""
-        return [p for layer in self.layers.values() for p in layer.adapter_parameters()]
+        """The parameters that learn in task ``self.task``: from the options and the task's number alone."""
+        return list(self.parameters())
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Groups for an optimizer, made anew for each task."""
@@ -128,52 +121,99 @@ class ContinualMethod:
         """The tasks whose ``inference`` gives the test features: [None] where one model serves all classes."""
         return [None]
 
-    @contextmanager
-    def inference(self, task: int | None = None) -> Iterator[nn.Module]:
-        """The model as it is tested: in eval mode, adapters merged; as it was on leaving, bit for bit.
+    def tested_adapters(self, view: int | None) -> Adapters:
+        """Parameters of adapters that a test in this view has in the place of those that learn, by layer and name."""
+        return {}
 
-        ``task`` chooses among the views of a method that has more than one.
-        """
-        modes = {module: module.training for module in self.model.modules()}
-        try:
-            self.model.eval()
-            merge_all(self.model, backup="device")
-            yield self.model
-        finally:
-            unmerge_all(self.model)
-            for module, training in modes.items():
-                module.training = training
+    def on_load(self) -> None:
+        """Bring a loaded state to where it is used beyond adapters, ``own`` and ``kept``."""
 
     # What drives them
 
-    def begin_task(self) -> None:
+    @contextmanager
+    def inference(self, view: int | None = None) -> Iterator[nn.Module]:
+        """The model as it is tested: in eval mode, adapters merged; as it was on leaving, bit for bit.
+
+        Args:
+            view: one of ``views()``; None: that of a method with one, else the last.
+
+        Raises:
+            ValueError: a view that the method does not have.
+        """
+        with self.merged_for_test(self.tested_adapters(self._checked(view))) as model:
+            yield model
+
+    @torch.no_grad()
+    def outputs(self, inputs: Any) -> list[Any]:
+        """What the model gives for a batch as it is tested, in each of ``views()``.
+
+        Args:
+            inputs: a tensor, or a tuple or a mapping of the model's arguments.
+        """
+        found = []
+        for view in self.views():
+            with self.inference(view):
+                found.append(self.run(inputs))
+        return found
+
+    def inference_model(self, view: int | None = None) -> nn.Module:
+        """A copy of the model for use elsewhere: plain layers, adapters merged into their weights.
+
+        Raises:
+            ValueError: a view that the method does not have.
+        """
+        with self.inference(view):
+            return self.plain_copy()
+
+    def _checked(self, view: int | None) -> int | None:
+        views = self.views()
+        if view is None and views:
+            return views[-1]
+        if view not in views:
+            raise ValueError(f"view: got {view!r}, expected one of {views}")
+        return view
+
+    def begin_task(self, head: nn.Module | None = None) -> None:
         """Start the next task.
+
+        Args:
+            head: the task's classifier, for methods whose own steps go through it.
 
         Raises:
             RuntimeError: the last one has not ended.
         """
         if self.in_task:
             raise RuntimeError(f"begin_task: task {self.task} is still being learned, expected end_task() first")
-        self.task, self.in_task = self.task + 1, True
+        self.task, self.in_task, self.head = self.task + 1, True, head
         self._optimizer_checked = False
-        self.on_task_start()
+        try:
+            with torch.no_grad():
+                self.on_task_start()
+        except Exception:
+            self.task, self.in_task, self.head = self.task - 1, False, None
+            raise
         self._mark_trainable()
+        self.tell("begin", {})
 
     def training_step(
-        self, inputs: Any, task_loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+        self, inputs: Any, task_loss: TaskLoss | Sequence[TaskLoss], optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
         """One batch: the extra steps, then a step on the task's loss and the extra losses together.
 
         Args:
             inputs: the batch, handed to ``extra_steps`` as it is.
-            task_loss: runs the model and returns the task's 0-dim loss.
+            task_loss: runs the model and returns the task's 0-dim loss. Several, of which it is the sum, each need the
+                memory of one: gradients accumulate over them.
 
         Returns:
             Every loss by name, detached ("task" is the task's own), without a host sync.
 
         Raises:
             RuntimeError: outside a task.
+            ValueError: no loss.
         """
+        if not task_loss:
+            raise ValueError(f"task_loss: got {task_loss!r}, expected a function or several")
         if not self.in_task:
             raise RuntimeError("training_step: no task is being learned, expected begin_task() first")
         if not self._optimizer_checked:
@@ -181,19 +221,26 @@ class ContinualMethod:
             self._optimizer_checked = True
         losses = {}
         for name, loss in self.extra_steps(inputs):
+            # None, not zeros: what a step does not reach must not move by momentum or weight decay.
+            optimizer.zero_grad(set_to_none=True)
             self._step(name, loss, optimizer)
             losses[name] = loss.detach()
-        loss = task_loss()
-        losses |= {"task": loss.detach()}
+        optimizer.zero_grad(set_to_none=True)
+        *parts, last = [task_loss] if callable(task_loss) else task_loss
+        done = []
+        for part in parts:
+            (loss := part()).backward()
+            done.append(loss.detach())
+        loss = last()
+        losses["task"] = sum(done, loss.detach())
         for name, extra in self.extra_losses().items():
             losses[name] = extra.detach()
             loss = loss + extra
         self._step("task", loss, optimizer)
+        self.tell("step", losses)
         return losses
 
     def _step(self, name: str, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        # None, not zeros: what a step does not reach must not move by momentum or weight decay.
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.adjust_gradients(name)
         optimizer.step()
@@ -209,64 +256,43 @@ class ContinualMethod:
         trained = sum(p.numel() for p in self.trainable())
         with torch.no_grad():
             measures = self.on_task_end()
-        self.in_task = False
-        stored = sum(t.numel() for name, t in self.state_dict().items() if name not in ("task", "in_task"))
-        return TaskReport(self.task, trained, stored, measures)
+        self.in_task, self.head = False, None
+        report = TaskReport(self.task, trained, sum(t.numel() for t in self.layer_state().values()), measures)
+        self.tell("end", {"trainable": report.trainable, "stored": report.stored, **measures})
+        return report
 
-    def inference_model(self) -> nn.Module:
-        """A copy of the model for use elsewhere: plain layers, adapters merged into their weights."""
-        with self.inference():
-            model = copy.deepcopy(self.model)
-        plain: dict[nn.Module, nn.Module] = {}
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if isinstance(child, AdapterLinear):
-                    setattr(parent, name, plain.setdefault(child, child.to_linear()))
-        return model
+    def tell(self, event: str, values: Mapping[str, Any]) -> None:
+        """Call the listeners; a training loop of one's own tells "step", ``training_step`` tells it itself."""
+        for listener in self.listeners:
+            listener(event, self.task, values)
 
     def _mark_trainable(self) -> None:
         learning = {id(p) for p in self.trainable()}
-        for layer in self.layers.values():
-            for p in layer.adapter_parameters():
-                p.requires_grad_(id(p) in learning)
-                p.grad = None
+        for p in self.parameters():
+            p.requires_grad_(id(p) in learning)
+            p.grad = None
 
     # Saving and loading
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method needs to go on, flat: adapters, ``kept``, the task's number; not the frozen weights."""
-        state = {"task": torch.tensor(self.task), "in_task": torch.tensor(self.in_task)}
-        for name, layer in self.layers.items():
-            state |= {f"layers.{name}.{k}": v for k, v in layer.adapter_state_dict().items()}
-        return state | {f"kept.{k}": v for k, v in self.kept.items()}
+        """What the method needs to go on, flat: adapters, ``own``, ``kept``, the task's number; not the frozen weights
+        (what was folded into them is in ``kept``)."""
+        return {"task": torch.tensor(self.task), "in_task": torch.tensor(self.in_task), **self.layer_state()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where ``state_dict`` was taken, on a method attached with the same options to the same model.
+        """Go on from where ``state_dict`` was taken, on a method attached with the same options to the same model as it
+        was before the first task.
 
         Raises:
             ValueError: layers or tensors that are missing, unexpected or of another shape.
+            RuntimeError: the model's weights hold folded adapters already.
         """
-        adapters: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
-        kept, strange = {}, []
-        for key, tensor in state.items():
-            kind, _, rest = key.partition(".")
-            layer, _, name = rest.rpartition(".")
-            if kind == "layers" and layer in adapters:
-                adapters[layer][name] = tensor
-            elif kind == "kept":
-                kept[rest] = tensor
-            elif key not in ("task", "in_task"):
-                strange.append(key)
-        missing = [k for k in ("task", "in_task") if k not in state] + [n for n, t in adapters.items() if not t]
-        if missing or strange:
-            raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
-        for name, tensors in adapters.items():
-            self.layers[name].check_adapter_state_dict(tensors)
-        for name, tensors in adapters.items():
-            self.layers[name].load_adapter_state_dict(tensors)
-        device = next((p.device for p in self.trainable()), torch.device("cpu"))
-        self.kept = {k: v.to(device, copy=True) for k, v in kept.items()}
-        self.task, self.in_task = int(state["task"]), bool(state["in_task"])
+        missing = [key for key in ("task", "in_task") if key not in state]
+        if missing:
+            raise ValueError(f"state: missing {missing}, expected what state_dict() gives")
+        layers = {key: tensor for key, tensor in state.items() if key not in ("task", "in_task")}
+        self.load_layer_state(layers, int(state["task"]) - int(state["in_task"]))
+        self.task, self.in_task, self.head = int(state["task"]), bool(state["in_task"]), None
         self._optimizer_checked = False
+        self.on_load()
         self._mark_trainable()

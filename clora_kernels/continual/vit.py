@@ -1,8 +1,11 @@
-"""Target names for transformers' vision transformers, whose linear layers were renamed in its version 5."""
+"""Vision transformers: target names of transformers' own, whose linear layers were renamed in its version 5, and the
+features after some of the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 # part: (name since version 5, name before)
 _NAMES = {
@@ -29,3 +32,21 @@ def vit_targets(parts: Iterable[str] = ("q", "v", "fc1", "fc2")) -> str:
     if unknown or not parts:
         raise ValueError(f"parts: got {parts}, expected some of {', '.join(_NAMES)}")
     return rf"(?:.*\.)?(?:{'|'.join(name for part in parts for name in _NAMES[part])})"
+
+
+def class_token_exit(model: nn.Module, hidden: Tensor) -> Tensor:
+    """[S, d]: the first token of ``hidden [S, tokens, d]`` through the last nn.LayerNorm of the model that is in no
+    nn.ModuleList, so outside of its blocks.
+
+    Raises:
+        ValueError: the model has no such norm.
+    """
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    norms = [m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not n.startswith(blocks)]
+    if not norms:
+        raise ValueError(
+            f"model: got {type(model).__name__} without an nn.LayerNorm outside of its blocks, expected one; give "
+            "another exit"
+        )
+    features: Tensor = norms[-1](hidden[:, 0])
+    return features

@@ -1,9 +1,13 @@
 """The mutants, by the part of the code that they break."""
 
 from .aot import AOT
+from .cl_lora import CL_LORA
 from .continual import CONTINUAL
 from .cpu_matmul import CPU_MATMUL
+from .dac import DAC
+from .digits import DIGITS
 from .dropout_mask import DROPOUT_MASK
+from .examples import EXAMPLES
 from .extension import EXTENSION
 from .forward_mode import FORWARD_MODE
 from .gram_schmidt_algebra import ALGEBRA as GS_ALGEBRA
@@ -41,6 +45,9 @@ from .routed_lora_triton_common import TRITON_COMMON
 from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
+from .run_directory import RUN_DIRECTORY
+from .slao import SLAO
+from .trainer import TRAINER
 from .views import VIEWS
 
 __all__ = ["MUTANTS", "Mutant"]
@@ -87,4 +94,11 @@ MUTANTS: list[Mutant] = [
     *EXTENSION,
     *FORWARD_MODE,
     *CONTINUAL,
+    *SLAO,
+    *CL_LORA,
+    *TRAINER,
+    *DAC,
+    *RUN_DIRECTORY,
+    *DIGITS,
+    *EXAMPLES,
 ]

@@ -55,6 +55,12 @@ def activations(indices: Tensor, experts: int) -> Tensor:
     return positions.new_zeros(experts).scatter_add_(0, positions, torch.ones_like(positions))
 
 
+def runs_again() -> bool:
+    """Whether activation checkpointing runs forward a second time, for backward: what this forward would count stands
+    already. A compiled forward runs for itself."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def choose_experts(found: Any, x: Tensor, experts: int, k: int, selection: str, weights: str) -> Chosen:
     """The choice for x from what its scoring returned: scores, or indices with their weights.
 

@@ -17,7 +17,7 @@ from ...dispatch.rank1_experts import choose
 from ...library import without_autocast
 from ..adapter import AdapterLinear, default_adapter_dtype
 from .arguments import check_count, check_name, check_rows
-from .choosing import SELECTIONS, WEIGHTS, Chosen, activations, choose_experts, first_tokens, fixed_choice
+from .choosing import SELECTIONS, WEIGHTS, Chosen, activations, choose_experts, first_tokens, fixed_choice, runs_again
 from .product_keys import ProductKeyScores, check_scoring
 
 Scoring = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -56,7 +56,7 @@ class Rank1ExpertLinear(AdapterLinear):
             too; fp32 under a 16-bit weight, else the weight's.
         backend: as in :func:`clora_kernels.rank1_experts`.
 
-    DAC (arXiv 2601.22828) is selection="batch", weights="unit", and ``fold`` where a task ends.
+    DAC (arXiv 2601.22828) computes selection="batch", weights="unit"; the method is ``clora_kernels.continual.DAC``.
 
     Raises:
         ValueError, TypeError: experts < 1, a k that is not from 1 to E, a scoring that cannot be called or is of
@@ -182,8 +182,8 @@ class Rank1ExpertLinear(AdapterLinear):
             return self._base_output(x)
         arguments = self.call_arguments(x)
         y = rank1_experts(**arguments)
-        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
-            with torch.no_grad():  # no graph task: forward runs for itself, not again for backward
+        if self.training and not runs_again():
+            with torch.no_grad():
                 self.activation_counts += activations(arguments["indices"], self.experts)
         return y
 

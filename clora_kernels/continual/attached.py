@@ -1,0 +1,251 @@
+"""Adapted layers in a model's place of its linear ones, the tensors a method carries along, and the state of both."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.adapter import AdapterLinear
+from ..modules.inject import Targets, freeze_base, inject, merge_all, unmerge_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# layer → tensor of its adapter → what stands in its place
+Adapters = Mapping[str, Mapping[str, Tensor]]
+
+
+class AttachedLayers:
+    """A model whose targets are adapted layers.
+
+    Attributes:
+        model: changed in place.
+        layers: the adapted layers by their names in the model.
+        own: parameters of the method that belong to no layer, by name.
+        kept: tensors that the method carries from task to task, by name.
+        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``.
+    """
+
+    settings: dict[str, Any]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        self = super().__new__(cls)
+        self.settings = _settings(cls, options)
+        return self
+
+    def __init__(self, model: nn.Module, targets: Targets) -> None:
+        self.model = model
+        self.own = nn.ParameterDict()
+        self.kept: dict[str, Tensor] = {}
+        self.layers = self.attach(targets)
+
+    def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
+        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
+        layers: dict[str, AdapterLinear] = {}
+        report = inject(self.model, self.make_layer, targets)
+        for name in report.swapped:
+            layer = self.model.get_submodule(name)
+            if not isinstance(layer, AdapterLinear):
+                raise TypeError(f"make_layer: got {type(layer).__name__} for {name}, expected an AdapterLinear")
+            if layer not in layers.values():
+                layers[name] = layer
+        for target in report.unmatched:
+            warnings.warn(f"targets: {target!r} matched no layer", stacklevel=4)
+        freeze_base(self.model)
+        return layers
+
+    def make_layer(self, linear: nn.Module) -> AdapterLinear:
+        """The layer that takes the place of ``linear``, for instance a RoutedLoRALinear."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which layer takes the place of a target")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of every adapter, then the method's own."""
+        for layer in self.layers.values():
+            yield from layer.adapter_parameters()
+        yield from self.own.values()
+
+    def run(self, inputs: Any) -> Any:
+        """The model's output for a batch: a tensor, or a tuple or a mapping of its arguments."""
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        return self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+
+    # What a test needs
+
+    @contextmanager
+    def with_adapters(self, adapters: Adapters) -> Iterator[None]:
+        """Other tensors in the place of some of the adapters' parameters; the parameters come back untouched."""
+        before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for layer, tensors in adapters.items():
+                for name, tensor in tensors.items():
+                    path, _, leaf = name.rpartition(".")
+                    owner = self.layers[layer].get_submodule(path)
+                    parameter = owner.get_parameter(leaf)
+                    if tensor.shape != parameter.shape:
+                        got, expected = tuple(tensor.shape), tuple(parameter.shape)
+                        raise ValueError(f"adapters[{layer!r}][{name!r}]: got shape {got}, expected {expected}")
+                    before.append((owner, leaf, parameter))
+                    owner._parameters[leaf] = nn.Parameter(tensor.detach().to(parameter), requires_grad=False)
+            yield
+        finally:
+            for owner, leaf, parameter in reversed(before):
+                owner._parameters[leaf] = parameter
+
+    @contextmanager
+    def merged_for_test(self, adapters: Adapters) -> Iterator[nn.Module]:
+        """The model in eval mode with these adapters merged; as it was on leaving, bit for bit.
+
+        Raises:
+            RuntimeError: adapters are merged already, by the user or in another test.
+        """
+        if any(isinstance(module, AdapterLinear) and module.merged for module in self.model.modules()):
+            raise RuntimeError(
+                "model: got merged adapters, expected unmerged ones: end the test before, or unmerge them"
+            )
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            with self.with_adapters(adapters):
+                merge_all(self.model, backup="device")
+            yield self.model
+        finally:
+            unmerge_all(self.model)
+            for module, training in modes.items():
+                module.training = training
+
+    def plain_copy(self) -> nn.Module:
+        """A copy of the model with nn.Linear (or what it was) in the place of adapted layers, weights as they are."""
+        model = copy.deepcopy(self.model)
+        plain: dict[nn.Module, nn.Module] = {}
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, AdapterLinear):
+                    setattr(parent, name, plain.setdefault(child, child.to_linear()))
+        return model
+
+    # Adapters that go into the weights for good
+
+    def fold_layers(self, task: int, tensors: Sequence[str] = ("lora_A", "lora_B")) -> None:
+        """Fold every adapter into its weight and start it anew.
+
+        What a fold depends on, the named ``tensors`` of each adapter, is kept as ``folded.<task>.<layer>.<tensor>``:
+        the frozen weights are not saved, so loading folds again, into the weights the model had when attached.
+        """
+        for name, layer in self.layers.items():
+            adapter = layer.adapter_state_dict()
+            self.kept |= {f"folded.{task}.{name}.{tensor}": adapter[tensor].clone() for tensor in tensors}
+            layer.fold()
+
+    def folded(self, task: int, kept: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+        """layer → tensor → value of what ``fold_layers`` kept of a task; empty for a task that was not folded."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in self.layers:
+            prefix = f"folded.{task}.{name}."
+            of_layer = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in (self.kept if kept is None else kept).items()
+                if key.startswith(prefix)
+            }
+            if of_layer:
+                found[name] = of_layer
+        return found
+
+    @property
+    def has_folded(self) -> bool:
+        """Whether adapters went into the model's weights."""
+        return any(key.startswith("folded.") for key in self.kept)
+
+    # State
+
+    def layer_state(self) -> dict[str, Tensor]:
+        """Adapters, own parameters and ``kept``, flat; not the frozen weights."""
+        state = {
+            f"layers.{name}.{key}": tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.adapter_state_dict().items()
+        }
+        state |= {f"own.{name}": p.detach() for name, p in self.own.items()}
+        return state | {f"kept.{name}": tensor for name, tensor in self.kept.items()}
+
+    def needs(self, kept: Mapping[str, Tensor], finished: int) -> Iterable[str]:
+        """The names in ``kept`` without which a state of so many finished tasks cannot go on; a hook of a method."""
+        return ()
+
+    @torch.no_grad()
+    def load_layer_state(self, state: Mapping[str, Tensor], finished: int) -> None:
+        """Load what ``layer_state`` gave after so many finished tasks; nothing changes unless everything fits.
+
+        Raises:
+            ValueError: layers or tensors that are missing, unexpected or of another shape.
+            RuntimeError: the model's weights hold folded adapters already, which cannot be taken out again.
+        """
+        adapters, own, kept = self._sorted(state)
+        for name, p in self.own.items():
+            if own[name].shape != p.shape:
+                raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
+        for name, tensors in adapters.items():
+            self.layers[name].check_adapter_state_dict(tensors)
+        lost = [f"kept.{name}" for name in self.needs(kept, finished) if name not in kept]
+        if lost:
+            raise ValueError(f"state: missing {lost}, expected what {finished} finished tasks left")
+        folds = [fold for task in range(1, finished + 1) for fold in self.folded(task, kept).items()]
+        for name, tensors in folds:
+            self.layers[name].check_mergeable()
+            self.layers[name].check_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
+        if self.has_folded:
+            raise RuntimeError(
+                "state: this model's weights hold folded adapters already; attach the method to the model as it was "
+                "before the first task"
+            )
+        for name, tensors in folds:
+            self.layers[name].load_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
+            self.layers[name].fold()
+        for name, tensors in adapters.items():
+            self.layers[name].load_adapter_state_dict(tensors)
+        for name, p in self.own.items():
+            p.copy_(own[name])
+        device = next(self.parameters()).device
+        self.kept = {k: v.to(device, copy=True) for k, v in kept.items()}
+
+    def _sorted(
+        self, state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """Adapters by layer, own parameters and what was kept, of what ``layer_state`` gave."""
+        adapters: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        own: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        strange = []
+        for key, tensor in state.items():
+            kind, _, rest = key.partition(".")
+            layer = next((n for n in self.layers if rest.startswith(f"{n}.")), None) if kind == "layers" else None
+            if layer is not None:
+                adapters[layer][rest.removeprefix(f"{layer}.")] = tensor
+            elif kind in ("own", "kept"):
+                (own if kind == "own" else kept)[rest] = tensor
+            else:
+                strange.append(key)
+        missing = [name for name, tensors in adapters.items() if not tensors]
+        missing += [f"own.{n}" for n in self.own if n not in own]
+        strange += [f"own.{n}" for n in own if n not in self.own]
+        if missing or strange:
+            raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
+        return adapters, own, kept
+
+
+def _settings(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": cls.__name__}
+    for ancestor in reversed(cls.__mro__):
+        if "__init__" in vars(ancestor):
+            parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
+            settings |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    settings |= options
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in settings.items() if isinstance(value, plain) and name != "backend"}

@@ -1,0 +1,180 @@
+"""The methods that are compared on digits, and the search for their settings."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from digits import (
+    BATCH,
+    EPOCHS,
+    PRETRAINING_BATCH,
+    PRETRAINING_CLASSES,
+    PRETRAINING_EPOCHS,
+    PRETRAINING_LR,
+    SCENARIOS,
+    Settings,
+    Stream,
+    make_stream,
+)
+from digits_runs import Run, run
+
+from clora_kernels import RoutedLoRALinear
+from clora_kernels.continual import DAC, SLAO, CLLoRA, CLoRA, SequentialLoRA, vit_targets
+from clora_kernels.continual.metrics import METRICS, summaries
+
+HERE = Path(__file__).resolve().parent
+TUNED = HERE / "results" / "digits_tuned.json"
+COMMAND = "python examples/compare_on_digits.py --tune"
+# Three turned ones, and every second rate, for the time it takes: a task has all ten digits.
+TUNING_SEEDS = {"classes": tuple(range(100, 106)), "domains": tuple(range(100, 103))}
+RANK, TARGETS = 8, vit_targets(("q", "v", "fc1", "fc2"))
+
+RATES, SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1), (5.0, 10.0)
+SGD_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in RATES]
+LORA_GRID = [*SGD_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.0003, 0.001))]
+WIDE_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.002, 0.005, 0.01))]
+JOINT_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in (0.02, 0.05, 0.1, 0.2)]
+
+
+class Contestant(NamedTuple):
+    """A method, how it is attached to a backbone, and the settings it is tuned over (none: it does not train).
+
+    ``ablation``: of which method it is one, with that method's settings; only the full comparison has it.
+    """
+
+    attach: Callable[..., Any]
+    grid: list[Settings]
+    joint: bool = False
+    ablation: str | None = None
+
+    def grid_of(self, scenario: str) -> list[Settings]:
+        """Where the head is frozen there is no scale to choose; every second rate will do."""
+        if scenario == "classes":
+            return self.grid
+        rates = {kind: sorted({s.lr for s in self.grid if s.optimizer == kind})[1::2] for kind in ("sgd", "adamw")}
+        return [Settings(kind, lr, 1.0) for kind, lrs in rates.items() for lr in lrs]
+
+
+class OpenPathLinear(RoutedLoRALinear):
+    """C-LoRA's layer without the stopped path: A and B learn through R_old too."""
+
+    def adapter_tensors(self) -> tuple[Any, ...]:
+        lora_A, lora_B, routing, frozen_routing = super().adapter_tensors()
+        return lora_A, lora_B, routing + frozen_routing, None
+
+
+class OpenPathCLoRA(CLoRA):
+    layer_type = OpenPathLinear
+
+
+FROZEN, LORA, CLORA = "frozen backbone", "LoRA, task after task", "C-LoRA"
+FIRST, JOINT = "LoRA, first task only", "LoRA, all tasks jointly"
+LAYER = {"targets": TARGETS, "r": RANK}
+CONTESTANTS = {
+    FROZEN: Contestant(functools.partial(SequentialLoRA, **LAYER, train="never"), []),
+    FIRST: Contestant(functools.partial(SequentialLoRA, **LAYER, train="first_task"), LORA_GRID),
+    LORA: Contestant(functools.partial(SequentialLoRA, **LAYER), LORA_GRID),
+    CLORA: Contestant(functools.partial(CLoRA, **LAYER), SGD_GRID),
+    "C-LoRA without its loss": Contestant(
+        functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD_GRID, ablation=CLORA
+    ),
+    "C-LoRA without the stopped path": Contestant(functools.partial(OpenPathCLoRA, **LAYER), SGD_GRID, ablation=CLORA),
+    "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), WIDE_GRID),
+    "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), WIDE_GRID),
+    "SLAO": Contestant(functools.partial(SLAO, **LAYER), LORA_GRID),
+    JOINT: Contestant(functools.partial(SequentialLoRA, **LAYER), JOINT_GRID, joint=True),
+}
+
+
+def run_contestant(stream: Stream, name: str, settings: Settings, repeat: int = 0) -> Run:
+    contestant = CONTESTANTS[name]
+    return run(stream, contestant.attach, settings, contestant.joint, repeat)
+
+
+def in_parallel(pool: Executor, what: str, jobs: dict[Any, tuple]) -> dict[Any, Any]:
+    """Results of ``jobs``, key → (function, *arguments), in the order of the jobs, with a progress bar."""
+    from tqdm import tqdm
+
+    futures = {pool.submit(*job): key for key, job in jobs.items()}
+    done = {futures[f]: f.result() for f in tqdm(as_completed(futures), what, len(futures), unit="run", smoothing=0)}
+    return {key: done[key] for key in jobs}
+
+
+def make_streams(pool: Executor, seeds: Iterable[int], scenario: str) -> dict[int, Stream]:
+    return in_parallel(pool, f"pretraining, {scenario}", {seed: (make_stream, seed, scenario) for seed in seeds})
+
+
+def tune(pool: Executor) -> None:
+    """Write each method's settings with the best average accuracy over the tuning seeds, and all that were tried, as
+    soon as a scenario or a method is through. What the file has from the same seeds and versions is not tried again."""
+    before = json.loads(TUNED.read_text()) if TUNED.is_file() else {}
+    record: dict[str, Any] = {"command": COMMAND, "versions": versions(), "protocol": protocol()}
+    same = all(before.get(key) == record[key] for key in ("versions", "protocol"))
+    record |= {scenario: {"seeds": list(TUNING_SEEDS[scenario]), "methods": {}} for scenario in SCENARIOS}
+    for scenario in SCENARIOS:
+        old = before.get(scenario, {})
+        if same and old.get("seeds") == record[scenario]["seeds"]:
+            record[scenario]["methods"] = {n: m for n, m in old["methods"].items() if n in CONTESTANTS}
+    for scenario in SCENARIOS:
+        methods, streams = record[scenario]["methods"], None
+        for name, contestant in CONTESTANTS.items():
+            grid = [] if contestant.ablation else contestant.grid_of(scenario)
+            known = {settings_of(t): t for t in methods.pop(name, {"tried": []})["tried"]}
+            new = [settings for settings in grid if settings not in known]
+            if new and streams is None:
+                streams = make_streams(pool, TUNING_SEEDS[scenario], scenario)
+            jobs = {
+                (s, seed): (run_contestant, stream, name, s) for s in new for seed, stream in (streams or {}).items()
+            }
+            runs = in_parallel(pool, f"tuning, {scenario}: {name}", jobs) if jobs else {}
+            for settings in new:
+                means = summaries([runs[settings, seed].accuracies for seed in TUNING_SEEDS[scenario]])
+                known[settings] = {**settings._asdict(), **{m: round(means[m].mean, 4) for m in METRICS}}
+            if grid:
+                tried = [known[settings] for settings in grid]
+                methods[name] = {"best": max(tried, key=lambda t: t["average"]), "tried": tried}
+                print(f"{scenario}, {name}: {methods[name]['best']}")
+            TUNED.parent.mkdir(exist_ok=True)
+            TUNED.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {TUNED.relative_to(HERE.parent)}")
+
+
+def settings_of(tried: dict[str, Any]) -> Settings:
+    return Settings(*(tried[k] for k in Settings._fields))
+
+
+def tuned_settings(scenario: str) -> dict[str, Settings]:
+    """The settings of every contestant that trains."""
+    if not TUNED.is_file():
+        raise FileNotFoundError(f"{TUNED}: the tuned settings are missing; {COMMAND} finds them")
+    methods = json.loads(TUNED.read_text())[scenario]["methods"]
+    wanted = {name: contestant.ablation or name for name, contestant in CONTESTANTS.items() if contestant.grid}
+    missing = sorted({of for of in wanted.values() if of not in methods})
+    if missing:
+        raise ValueError(f"{TUNED}: no settings of {', '.join(missing)} in {scenario}; {COMMAND} finds them")
+    return {name: settings_of(methods[of]["best"]) for name, of in wanted.items()}
+
+
+def protocol() -> dict[str, Any]:
+    """What the runs of every method share: with another one nothing that was tried counts."""
+    return {
+        "rank": RANK,
+        "epochs": EPOCHS,
+        "batch": BATCH,
+        "pretraining": [PRETRAINING_EPOCHS, PRETRAINING_BATCH, PRETRAINING_LR, PRETRAINING_CLASSES],
+    }
+
+
+def versions() -> dict[str, str]:
+    import sklearn
+    import transformers
+
+    names = {"torch": torch, "transformers": transformers, "scikit-learn": sklearn}
+    return {"python": platform.python_version(), **{name: module.__version__ for name, module in names.items()}}

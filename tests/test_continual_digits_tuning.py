@@ -1,0 +1,105 @@
+"""The search for the settings of the comparison on digits, and what it left."""
+
+from __future__ import annotations
+
+import json
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from clora_kernels.continual import TaskAccuracies
+
+
+@pytest.mark.parametrize("scenario", ["classes", "domains"])
+def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples, scenario) -> None:
+    import digits_methods
+
+    compare, _ = examples
+    record = json.loads(compare.TUNED.read_text())
+    assert record["command"] == "python examples/compare_on_digits.py --tune"
+    seeds, methods = (record[scenario][k] for k in ("seeds", "methods"))
+    assert min(seeds) >= 100 and seeds == list(compare.TUNING_SEEDS[scenario])
+    assert methods.keys() == {name for name, c in compare.CONTESTANTS.items() if c.grid and not c.ablation}
+    chosen = compare.tuned_settings(scenario)
+    for name, method in methods.items():
+        assert [digits_methods.settings_of(t) for t in method["tried"]] == compare.CONTESTANTS[name].grid_of(scenario)
+        assert method["best"] == max(method["tried"], key=lambda t: t["average"])
+        assert chosen[name] == digits_methods.settings_of(method["best"])
+    for name, contestant in compare.CONTESTANTS.items():
+        if contestant.ablation:
+            assert chosen[name] == chosen[contestant.ablation]
+
+
+@pytest.fixture
+def small(examples, shorts, tmp_path, monkeypatch):
+    """Two methods and an ablation of the first; what runs is recorded, and how good a setting is stands in ``best``."""
+    import digits_methods
+    from digits import Settings
+
+    grid = [Settings("sgd", lr, 5.0) for lr in (0.05, 0.1, 0.15, 0.2)]  # of turned digits, the second and the fourth
+    contestants = {name: digits_methods.Contestant(lambda: None, grid) for name in ("first", "second")}
+    contestants["part"] = digits_methods.Contestant(lambda: None, grid, ablation="first")
+    best = {0.05: 0.1, 0.1: 0.5, 0.15: 0.2, 0.2: 0.7}
+    small = types.SimpleNamespace(runs=[], best=best, fails=None, methods=digits_methods)
+
+    def run_contestant(stream, name, settings):
+        small.runs.append((stream.scenario, name))
+        if (stream.scenario, name) == small.fails:
+            raise KeyboardInterrupt
+        accuracies = TaskAccuracies(torch.full((3, 3), small.best[settings.lr]), torch.ones(3), torch.ones(3))
+        return examples[0].Run(accuracies, [], None, None)
+
+    monkeypatch.setattr(digits_methods, "CONTESTANTS", contestants)
+    monkeypatch.setattr(digits_methods, "run_contestant", run_contestant)
+    monkeypatch.setattr(digits_methods, "make_stream", lambda seed, scenario: shorts[scenario])
+    monkeypatch.setattr(digits_methods, "TUNED", tmp_path / "results" / "tuned.json")
+    monkeypatch.setattr(digits_methods, "HERE", tmp_path / "examples")
+    return small
+
+
+def tune(small) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        small.methods.tune(pool)
+
+
+def test_tuning_keeps_what_was_tried_and_writes_after_every_method(small) -> None:
+    def chosen(scenario):
+        return {name: settings.lr for name, settings in small.methods.tuned_settings(scenario).items()}
+
+    with pytest.raises(FileNotFoundError, match="--tune finds them"):
+        chosen("classes")
+    small.fails = ("domains", "second")
+    with pytest.raises(KeyboardInterrupt):
+        tune(small)
+    assert chosen("classes") == {"first": 0.2, "second": 0.2, "part": 0.2}
+    with pytest.raises(ValueError, match="no settings of second in domains"):
+        chosen("domains")
+    # What was tried keeps its result, and what is missing is tried.
+    small.fails, small.best[0.1] = None, 0.9
+    small.runs.clear()
+    tune(small)
+    assert small.runs == [("domains", "second")] * 2 * len(small.methods.TUNING_SEEDS["domains"])
+    assert chosen("domains") == {"first": 0.2, "second": 0.1, "part": 0.2}
+    assert chosen("classes") == {"first": 0.2, "second": 0.2, "part": 0.2}
+
+
+@pytest.mark.parametrize("changed", ["versions", "protocol", "seeds"])
+def test_what_was_tried_otherwise_is_tried_again(small, changed, monkeypatch) -> None:
+    tune(small)
+    if changed != "seeds":
+        monkeypatch.setattr(small.methods, changed, lambda: {"another": 1})
+    else:
+        monkeypatch.setitem(small.methods.TUNING_SEEDS, "classes", (100,))
+    small.runs.clear()
+    tune(small)
+    assert {scenario for scenario, _ in small.runs} == ({"classes", "domains"} if changed != "seeds" else {"classes"})
+
+
+def test_a_frozen_head_has_no_scale_to_choose(examples) -> None:
+    lora = examples[0].CONTESTANTS[examples[0].LORA]
+    assert lora.grid_of("classes") == lora.grid
+    tried = [("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("adamw", 0.001)]
+    assert [(s.optimizer, s.lr) for s in lora.grid_of("domains")] == tried
+    assert {s.head_scale for s in lora.grid_of("domains")} == {1.0}
