@@ -47,7 +47,7 @@ CL_LORA = mutants_of(
         ("last-task-alone", "block weights keep away from the last task's alone",
          "for i in range(1, self.task)]", "for i in range(self.task - 1, self.task)]"),
         ("old-weights-elsewhere", "old block weights stay in their dtype and on their device",
-         "for i in range(1, self.task)]).to(weights)", "for i in range(1, self.task)])"),
+         "return torch.stack(old).to(next(iter(self.specific.values())).lora_B)", "return torch.stack(old)"),
         ("teacher-by-reference", "the teacher's B go on learning",
          'self.kept[f"teacher.{name}.lora_B"] = layer.lora_B.detach().clone()',
          'self.kept[f"teacher.{name}.lora_B"] = layer.lora_B.detach()'),
