@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from layers import randomize
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from clora_kernels import RoutedLoRALinear, freeze_base
 
@@ -17,10 +19,12 @@ D, H = 8, 12
 class Block(nn.Module):
     """x + down(gelu(up(x))), both layers adapted."""
 
-    def __init__(self, dtype: torch.dtype, **options: Any) -> None:
+    def __init__(self, dtype: torch.dtype, learn_scaling: bool = False, **options: Any) -> None:
         super().__init__()
         self.up = RoutedLoRALinear(D, H, 3, dtype=dtype, **{"scaling": 0.7, **options})
         self.down = RoutedLoRALinear(H, D, 3, dtype=dtype, **{"scaling": 1.3, **options})
+        for layer in (self.up, self.down) if learn_scaling else ():
+            layer.scaling = nn.Parameter(torch.tensor(layer.scaling, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(nn.functional.gelu(self.up(x)))
@@ -47,6 +51,18 @@ def batch(rank: int, step: int, dtype: torch.dtype = torch.float64, ragged: bool
 
 def loss_of(module: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
     return (module(x) - wanted).square().mean()
+
+
+def local_loss(module: nn.Module, step: int) -> Tensor:
+    """What this rank loses on its own batch."""
+    return loss_of(module, *batch(dist.get_rank(), step))
+
+
+def by_block(module: nn.Sequential, **options: Any) -> nn.Sequential:
+    """Sharded by FSDP2, as transformers are."""
+    for block in module:
+        fully_shard(block, **options)
+    return fully_shard(module, **options)
 
 
 def optimizer_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

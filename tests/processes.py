@@ -14,7 +14,15 @@ TIMEOUT_S = 120
 # Forked off one process that has imported what takes seconds to import, and has no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"]
+    [
+        "pytest",
+        "torch",
+        "torch._dynamo",  # which FSDP2 imports on its first use
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "clora_kernels",
+    ]
 )
 
 

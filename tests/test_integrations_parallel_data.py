@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
 import torch
-import torch.distributed as dist
-from parallel_models import Block, batch, loss_of, model, trained, trained_alone, whole
-from peft import LoraConfig, get_peft_model
+from parallel_models import by_block, local_loss, model, trained, trained_alone
 from processes import run_in
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from clora_kernels import merge_all, to_lora
-from clora_kernels.integrations.peft import accelerate
-from clora_kernels.integrations.peft.layers import why_not_fused
-
 OPTIONS = {
-    "frozen": {},
-    "all of it learns": {"frozen": False},
-    "two routings": {"frozen_routing": True},
     "plain": {"routing": False},
+    "two routings, and all of it learns": {"frozen_routing": True, "frozen": False},
+    "a scaling that learns": {"learn_scaling": True},
 }
-MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-def local_loss(module, step):
-    return loss_of(module, *batch(dist.get_rank(), step))
 
 
 def ddp(module):
     return DistributedDataParallel(module)
-
-
-def by_block(module, **options):
-    for block in module:
-        fully_shard(block, **options)
-    return fully_shard(module, **options)
 
 
 def by_layer(module):
@@ -51,13 +30,18 @@ def by_layer(module):
 
 
 def kept_whole(module):
-    """The base is left out of the sharding, as of a model that fits: adapters alone are sharded."""
+    """Of a base that fits on each rank only what learns is sharded."""
     ignored = {p for p in module.parameters() if not p.requires_grad}
     return by_block(module, ignored_params=ignored)
 
 
+def ways(wrap):
+    """Of a 0-dim parameter FSDP2 takes none."""
+    return [way for way in OPTIONS if wrap is ddp or way != "a scaling that learns"]
+
+
 def train_in_every_way(wrap):
-    return {way: trained(wrap(model(**options)), local_loss) for way, options in OPTIONS.items()}
+    return {way: trained(wrap(model(**OPTIONS[way])), local_loss) for way in ways(wrap)}
 
 
 @functools.cache
@@ -70,7 +54,7 @@ def alone(way, ranks):
 def test_as_in_one_process(wrap, ranks) -> None:
     """Outputs through their losses, gradients and ten steps of the optimizer; each rank has another sequence length."""
     found = run_in(ranks, train_in_every_way, wrap)
-    for way in OPTIONS:
+    for way in ways(wrap):
         expected = alone(way, ranks)
         for result in found:
             for kind in ("gradients", "parameters"):
@@ -79,158 +63,3 @@ def test_as_in_one_process(wrap, ranks) -> None:
         means = torch.stack([torch.stack(result[way]["losses"]) for result in found]).mean(0)
         torch.testing.assert_close(means, torch.stack(expected["losses"]))
         assert expected["losses"][-1] < 0.9 * expected["losses"][0]
-
-
-def mixed_gradients(dtype):
-    module = by_block(model(dtype), mp_policy=MIXED)
-    loss = loss_of(module, *batch(dist.get_rank(), 0, torch.bfloat16))
-    loss.backward()
-    return loss.detach(), {name: whole(p.grad) for name, p in module.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 base"])
-def test_mixed_precision_is_one_process_with_16_bit_parameters(dtype) -> None:
-    """All parameters count as bf16, gradients are bf16 and averaged in fp32: bit for bit."""
-    module, of_ranks = model(dtype), []
-    for rank, (loss, _) in enumerate(found := run_in(2, mixed_gradients, dtype)):
-        half = copy.deepcopy(module).bfloat16()
-        expected = loss_of(half, *batch(rank, 0, torch.bfloat16))
-        expected.backward()
-        assert torch.equal(loss, expected.detach())
-        of_ranks.append({name: p.grad.float() for name, p in half.named_parameters() if p.requires_grad})
-    for _, gradients in found:
-        assert gradients.keys() == of_ranks[0].keys()
-        for name, gradient in gradients.items():
-            assert gradient.dtype == torch.float32
-            assert torch.equal(gradient, (of_ranks[0][name] + of_ranks[1][name]) / 2), name
-
-
-def mixed_dtypes():
-    module = by_block(model(torch.bfloat16, frozen=False))
-    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
-        local_loss(module, 0)
-
-
-def test_torch_refuses_learning_parameters_of_two_dtypes_in_a_group() -> None:
-    run_in(2, mixed_dtypes)
-
-
-def states():
-    module, names = model(frozen_routing=True), ("lora_A", "lora_B", "routing", "frozen_routing")
-    expected = {name: t.clone() for name, t in module[0].up.adapter_state_dict().items()}
-    others = {name: t.clone() for name, t in module[1].up.adapter_state_dict().items()}
-    by_block(module)
-    up, before = module[0].up, module[0].up.weight
-    assert [p.shape for p in up.adapter_parameters()] == [expected[name].shape for name in names[:3]]
-    assert all(torch.equal(whole(t), expected[name]) for name, t in up.adapter_state_dict().items())
-    assert "path=aten" in repr(up), repr(up)
-    for refused in (up.merge, lambda: up.merge("cpu"), lambda: up.merge(None), up.fold, up.fold_routing, up.lora_tensors):
-        with pytest.raises(ValueError, match="weight: got one that is sharded over ranks, expected a whole one"):
-            refused()
-    for refused in (merge_all, to_lora):
-        with pytest.raises(ValueError, match="weight: got one that is sharded over ranks"):
-            refused(module)
-    with pytest.raises(ValueError, match=r"state_dict\['lora_B'\]: got shape"):
-        up.load_adapter_state_dict({**others, "lora_B": others["lora_B"].mT})
-    assert up.weight is before and not up.merged
-    assert all(torch.equal(whole(t), expected[name]) for name, t in up.adapter_state_dict().items())
-    up.load_adapter_state_dict(others)
-    assert all(torch.equal(whole(t), others[name]) for name, t in up.adapter_state_dict().items())
-    module[1].up.load_adapter_state_dict({name: t + 1 for name, t in up.adapter_state_dict().items()})
-    moved = module[1].up.adapter_state_dict()
-    assert all(torch.equal(whole(t), others[name] + 1) for name, t in moved.items())
-    full = copy.deepcopy(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))
-    up.reset_adapter()
-    x, _ = batch(dist.get_rank(), 0)
-    start = {name: whole(t) for name, t in up.adapter_state_dict().items()}
-    return full, start, module(x)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_adapters_of_a_sharded_model(ranks) -> None:
-    """They are looked at, loaded and started anew as whole ones; what cannot be done says so and changes nothing."""
-    found = run_in(ranks, states)
-    plain = model(frozen_routing=True)
-    others = plain[1].up.adapter_state_dict()
-    assert found[0][0].keys() == plain.state_dict().keys()
-    plain[0].up.load_adapter_state_dict(others)
-    plain[1].up.load_adapter_state_dict({name: t + 1 for name, t in others.items()})
-    assert all(torch.equal(t, found[0][0][name]) for name, t in plain.state_dict().items())
-    for rank, (_, start, y) in enumerate(found):
-        assert torch.equal(start["routing"], torch.eye(3).double()) and not start["frozen_routing"].any()
-        assert not start["lora_B"].any() and start["lora_A"].std() > 0
-        plain[0].up.load_adapter_state_dict(start)
-        torch.testing.assert_close(y, plain(batch(rank, 0)[0]))
-
-
-def from_meta():
-    with torch.device("meta"):
-        block = Block(torch.float64, frozen_routing=True)
-    fully_shard(block)
-    block.to_empty(device="cpu")
-    for layer in (block.up, block.down):
-        layer.reset_parameters()
-    x, _ = batch(dist.get_rank(), 0)
-    return block(x), {name: whole(t) for name, t in block.state_dict().items()}
-
-
-def test_sharded_before_it_has_memory() -> None:
-    for rank, (y, state) in enumerate(run_in(2, from_meta)):
-        block = Block(torch.float64, frozen_routing=True)
-        block.load_state_dict(state)
-        torch.testing.assert_close(y, block(batch(rank, 0)[0]))
-        assert torch.equal(block.up.routing, torch.eye(3).double()) and not block.up.lora_B.any()
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)))
-
-
-def peft_pair():
-    torch.manual_seed(0)
-    module = get_peft_model(Pair().double(), LoraConfig(r=3, target_modules=["first", "second"]))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.4 * torch.randn_like(parameter))
-    return module
-
-
-def peft_under_fsdp():
-    """Whole layers are sharded, then base layers alone, then what an adapter is made of."""
-    said = {}
-    for what in ("block", "layer", "base_layer", "lora_A"):
-        module = peft_pair()
-        report = accelerate(module)
-        for layer in report.layers.values():
-            if what == "layer":
-                fully_shard(layer)
-            elif what == "base_layer":
-                fully_shard(layer.base_layer)
-            elif what == "lora_A":
-                fully_shard(layer.lora_A["default"])
-        fully_shard(module)
-        result = trained(module, local_loss)
-        fused = not any("FSDPLinear" in str(why_not_fused(layer.base_layer)) for layer in report.layers.values())
-        said[what] = result, {**report.accelerated}, {**report.fell_back}, {**report.left_alone}, fused
-    return said
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_accelerated_peft_layers_are_gathered_before_their_weights_are_read(ranks) -> None:
-    expected = trained_alone(peft_pair(), ranks)
-    for said in run_in(ranks, peft_under_fsdp):
-        for what, (result, accelerated, fell_back, left, fused) in said.items():
-            torch.testing.assert_close(result["gradients"], expected["gradients"])
-            torch.testing.assert_close(result["parameters"], expected["parameters"])
-            if what == "lora_A":
-                assert len(left) == 2 and {*fell_back.values()} == {*left.values()}
-                assert all("is made of FSDPLinear, not nn.Linear" in why for why in left.values())
-                continue
-            assert len(accelerated) == 2 and not left and not fell_back
-            assert all("in calls for which its sharded weights are gathered" in how for how in accelerated.values())
-            assert fused == (what != "base_layer")

@@ -24,7 +24,7 @@ OPTIONS = {
     "all of it learns": {"frozen": False},
     "two routings": {"frozen_routing": True},
     "plain without bias": {"routing": False, "bias": False, "frozen": False},
-    "scaling learns": {"scaling": nn.Parameter(torch.tensor(0.6, dtype=torch.float64))},
+    "scaling learns": {"learn_scaling": True},
 }
 
 
