@@ -26,6 +26,7 @@ into any other.
 **Gram-Schmidt** of factors that are sharded along their length: :func:`gram_schmidt_sharded`.
 """
 
+from .gram_schmidt import gram_schmidt_sharded
 from .tensor import ColumnParallel, RowParallel
 
-__all__ = ["ColumnParallel", "RowParallel"]
+__all__ = ["ColumnParallel", "RowParallel", "gram_schmidt_sharded"]
