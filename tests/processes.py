@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 # Forked off one process that has imported what takes seconds to import, and has no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")

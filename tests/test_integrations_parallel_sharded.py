@@ -62,7 +62,14 @@ def states():
     assert [p.shape for p in up.adapter_parameters()] == [expected[name].shape for name in names[:3]]
     assert all(torch.equal(whole(t), expected[name]) for name, t in up.adapter_state_dict().items())
     assert "path=aten" in repr(up), repr(up)
-    for refused in (up.merge, lambda: up.merge("cpu"), lambda: up.merge(None), up.fold, up.fold_routing, up.lora_tensors):
+    for refused in (
+        up.merge,
+        lambda: up.merge("cpu"),
+        lambda: up.merge(None),
+        up.fold,
+        up.fold_routing,
+        up.lora_tensors,
+    ):
         with pytest.raises(ValueError, match="weight: got one that is sharded over ranks, expected a whole one"):
             refused()
     for refused in (merge_all, to_lora):

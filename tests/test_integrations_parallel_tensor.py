@@ -49,7 +49,9 @@ def train_in_every_way():
     for way, options in OPTIONS.items():
         module = parallel(model(**options), mesh_of_all())
         assert [*module.state_dict()] == [*model(**options).state_dict()]
-        assert "path=aten" in repr(module[0].up) and repr(module[0].up).startswith("ColumnParallelLayer(in_features=8, ")
+        assert "path=aten" in repr(module[0].up) and repr(module[0].up).startswith(
+            "ColumnParallelLayer(in_features=8, "
+        )
         found[way] = trained(module, same_batch)
     return found
 
@@ -221,7 +223,9 @@ def test_dropout(ranks, together) -> None:
     found = run_in(ranks, dropped, together)
     for style in ("ColumnParallel", "RowParallel"):
         (first, second, third, fourth), gradient, off = found[0][style]
-        assert all(torch.equal(a, b) for result in found[1:] for a, b in zip(result[style][0], found[0][style][0]))
+        assert all(
+            torch.equal(a, b) for result in found[1:] for a, b in zip(result[style][0], found[0][style][0], strict=True)
+        )
         assert torch.equal(third, fourth) and torch.equal(third, gradient)
         assert not torch.equal(first, second) and not torch.equal(first, third)
         assert torch.equal(off, torch.full_like(off, 2.0**16 - 1))

@@ -246,8 +246,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy an adapter in, strictly; nothing is written unless everything fits. Where the layer is sharded over ranks
-        each of them brings the whole adapter, or a DTensor of the layer's mesh.
+        """Copy an adapter in, strictly; nothing is written unless everything fits. Where the layer is sharded over
+        ranks each of them brings the whole adapter, or a DTensor of the layer's mesh.
 
         Raises:
             ValueError: missing or unexpected names, or a shape that differs; says which.

@@ -6,10 +6,11 @@ accelerated look at what holds the base weight, and call a base layer that was s
 parameters that learn have one dtype in each group, where frozen ones may have any. fp32 adapters on a frozen 16-bit
 base are such a group, a 16-bit base that learns beside them is not: convert the adapter (``adapter_dtype``) or the
 base. It takes no 0-dim parameter either, as a ``scaling`` that learns is: DDP and tensor parallel do; what goes into
-``ignored_params`` is not averaged over ranks. A ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)`` rounds fp32 adapters to bf16
-once more than the layer does and gives gradients that are bf16 before they are averaged in fp32; without a
-``param_dtype`` the frozen base is bf16 all the same if that is how it is stored, and adapters keep fp32 gradients,
-which is what to prefer. Adapters alone are sharded with ``ignored_params`` set to the frozen ones.
+``ignored_params`` is not averaged over ranks. A ``MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+reduce_dtype=torch.float32)`` rounds fp32 adapters to bf16 once more than the layer does and gives gradients that are
+bf16 before they are averaged in fp32; without a ``param_dtype`` the frozen base is bf16 all the same if that is how it
+is stored, and adapters keep fp32 gradients, which is what to prefer. Adapters alone are sharded with ``ignored_params``
+set to the frozen ones.
 
 Of a sharded layer ``adapter_parameters`` and ``adapter_state_dict`` give DTensors, ``load_adapter_state_dict`` takes
 whole tensors (all of them on each rank) or DTensors, and merging or folding is refused: merge before sharding, or in a

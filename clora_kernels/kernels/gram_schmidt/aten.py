@@ -194,9 +194,7 @@ def apply(columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None = Non
     out.copy_(swept if only is None else torch.where(only[:, None, None], swept.to(out.dtype), out))
 
 
-def deflate(
-    columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult, rows: Rows = _ALL_HERE
-) -> None:
+def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult, rows: Rows = _ALL_HERE) -> None:
     """Write the result of the matrices that are ``hard``: fp64, one column after the other, each projected twice."""
     if _can_wait(hard):
         chosen = hard.nonzero()[:, 0]
