@@ -20,6 +20,7 @@ from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .launch import LAUNCH
 from .mutant import Mutant
+from .parallel import PARALLEL
 from .rank1_experts import EXPERTS
 from .rank1_experts_calls import CALLS as EXPERT_CALLS
 from .rank1_experts_cuda import CUDA as EXPERTS_CUDA
@@ -86,6 +87,7 @@ MUTANTS: list[Mutant] = [
     *LAUNCH,
     *AOT,
     *INTEGRATIONS,
+    *PARALLEL,
     *DROPOUT_MASK,
     *EXTENSION,
     *FORWARD_MODE,
