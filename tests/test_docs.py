@@ -88,3 +88,28 @@ def test_the_method_of_the_guide_is_o_lora() -> None:
         before = method.model(torch.ones(1, 768))
         method.end_task()
         torch.testing.assert_close(method.model(torch.ones(1, 768)), before)
+
+
+def test_the_guide_for_users_of_peft(tmp_path, monkeypatch) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from clora_kernels.integrations.peft import RoutedLoraConfig
+
+    monkeypatch.chdir(tmp_path)
+    faster, method = snippets("docs/peft.md")
+    x = torch.ones(2, 768)
+    model = get_peft_model(Model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    names = {"model": model}
+    exec(faster, names)
+    assert set(names["report"].left_alone.values()) == {"accelerate() was not called since it was made or restored"}
+    plain = Model()
+    names = {"model": plain}
+    exec(method, names)
+    model = names["model"]
+    assert isinstance(model.peft_config["default"], RoutedLoraConfig)
+    torch.manual_seed(0)
+    again = Model()
+    again.load_state_dict({k.replace("base_layer.", ""): v for k, v in model.base_model.model.state_dict().items()
+                           if "routed" not in k and "lora_" not in k and "routing" not in k})  # fmt: skip
+    stock = PeftModel.from_pretrained(again, tmp_path / "stock")
+    torch.testing.assert_close(stock(x), model(x))
