@@ -165,6 +165,7 @@ def test_further_arguments_reach_the_base_layer() -> None:
     accelerate(layer)
     with pytest.warns(UserWarning, match="the layer is called with further arguments"):
         assert torch.equal(layer(call(3)[0], times=2), expected)
+    assert torch.equal(layer(call(3)[0], 2), expected)
 
 
 NAMES = ["first", "second", "__base__", "first", "third", "elsewhere"]
