@@ -49,4 +49,4 @@ def shorts(examples, streams):
         }
         return dataclasses.replace(stream, **tasks)
 
-    return {"classes": cut(streams["classes"], 8), "domains": cut(streams["domains"], 40)}
+    return {"classes": cut(streams["classes"], 5), "domains": cut(streams["domains"], 25)}

@@ -120,7 +120,7 @@ CONTINUAL += mutants_of(
         ("missing-untold", "a file that is not there is told in the words of safetensors",
          "    if not Path(path).is_file():\n", "    if path is None:\n"),
         ("another-file", "a file of other tensors passes for a run",
-         'if structure.keys() != {"method", "rng", "objects"}:', "if structure is None:"),
+         'if structure.keys() != {"settings", "method", "rng", "objects"}:', "if structure is None:"),
         ("file-without-metadata", "a file without metadata is not told",
          '(file.metadata() or {}).get("structure", "{}")', 'file.metadata()["structure"]'),
     ],
