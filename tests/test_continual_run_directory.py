@@ -15,7 +15,7 @@ from methods import METHODS
 from sequences import Net, batch
 from torch import nn
 
-from clora_kernels.continual import Prototypes, RunDirectory
+from clora_kernels.continual import Prototypes, RunDirectory, save_run
 from clora_kernels.continual import run_directory as module
 
 CONFIG = {"lr": 0.1, "method": "any", "targets": ["first"]}
@@ -277,12 +277,12 @@ def test_a_run_that_lacks_a_file_is_refused(gone: str, by: str, tmp_path) -> Non
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path) -> None:
-    from clora_kernels.continual import save_run
-
     run, _ = learn(tmp_path, "lora", Net())
     method = METHODS["lora"](Net())
     before, state = contents(tmp_path), {k: v.clone() for k, v in method.state_dict().items()}
     with pytest.raises(ValueError, match="missing"):
+        run.load(METHODS["lora"](Net(), targets=["first"], dropout_p=0.25))
+    with pytest.raises(ValueError, match=r"\{'method': 'SequentialLoRA'\}, expected \{'method': 'CLoRA'\}"):
         run.load(METHODS["c-lora"](Net()))
     assert contents(tmp_path) == before
     log = run.log_file.read_bytes()

@@ -103,6 +103,19 @@ def test_a_checkpoint_elsewhere_is_named_and_another_one_refused(tmp_path) -> No
         assert (resumed.task, resumed.in_task, resumed.kept) == (0, False, {})
 
 
+def test_a_checkpoint_of_other_options_is_refused(tmp_path) -> None:
+    base = Classifier()
+    _, run, _ = start_second(clora, "mapping", base, tmp_path)
+    run.train()
+    other = clora("mapping", base, orthogonality=1.0)
+    run, _ = second(other, "mapping", tmp_path, [])
+    with pytest.raises(
+        ValueError, match=r"of a method with \{'orthogonality': 5\.0\}, expected \{'orthogonality': 1\.0"
+    ):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (other.task, other.in_task, other.kept) == (0, False, {})
+
+
 def test_a_method_goes_back_to_its_own_checkpoint_unless_it_has_folded(tmp_path) -> None:
     method, run, heard = start_second(clora, "mapping", Classifier(), tmp_path / "clora")
     run.train()

@@ -74,14 +74,19 @@ def load_run(path: str | Path, method: ContinualMethod) -> SavedRun:
         ValueError: a file of something else, of another method, of other options of it, or of another model.
     """
     states = read_states(path)
+    check_settings(path, states, method)
+    method.load_state_dict(states["method"])
+    return SavedRun(states["objects"], states["rng"])
+
+
+def check_settings(path: str | Path, states: Mapping[str, Any], method: ContinualMethod) -> None:
+    """ValueError unless ``states``, which :func:`read_states` found at ``path``, are of this method and its options."""
     saved = states["settings"]
     names = [name for name in (saved | method.settings) if saved.get(name) != method.settings.get(name)]
     if names:
         names = ["method"] if "method" in names else names
         got, expected = ({name: of.get(name) for name in names} for of in (saved, method.settings))
         raise ValueError(f"path: got {str(path)!r} of a method with {got}, expected {expected}")
-    method.load_state_dict(states["method"])
-    return SavedRun(states["objects"], states["rng"])
 
 
 def read_states(path: str | Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import SavedRun, read_states, save_run
+from .checkpoint import SavedRun, check_settings, read_states, save_run
 from .metrics import TaskAccuracies
 from .protocol import ContinualMethod
 
@@ -243,6 +243,7 @@ class RunDirectory:
         size = self.log_file.stat().st_size
         if size < position["log"]:
             raise ValueError(f"{self.log_file.name}: got {size} bytes, expected the checkpoint's {position['log']}")
+        check_settings(self.checkpoint_file, states, method)
         method.load_state_dict(states["method"])
         os.truncate(self.log_file, position["log"])
         self.step = position["step"]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..continual.checkpoint import SavedRun, read_states, save_run
+from ..continual.checkpoint import SavedRun, check_settings, read_states, save_run
 from ..continual.extras import require
 from ..continual.protocol import ContinualMethod, TaskReport
 
@@ -131,6 +131,7 @@ class ContinualCallback(TrainerCallback):
     def _resume(self, folder: Path, over: bool) -> None:
         """Trainer has loaded the model, adapters included."""
         states, layers = read_states(folder / FILE), self.method.layers
+        check_settings(folder / FILE, states, self.method)
         state = states["method"]
         here = self.method.state_dict()
         of_adapters = [key for key in here if key.startswith("layers.")]
