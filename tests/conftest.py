@@ -112,3 +112,11 @@ def with_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(tiles, "default", lambda key: chosen[key.op] or before(key))
 
     return use
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """What was compiled before counts for nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -68,7 +68,7 @@ def test_adapters_of_other_layers() -> None:
 def test_merged_and_back(safe, dtype, rows, monkeypatch) -> None:
     from clora_kernels.integrations.peft.routed_lora import layer as layer_module
 
-    monkeypatch.setattr(layer_module, "_MERGE_ROWS", rows)
+    monkeypatch.setattr(layer_module, "MERGE_ROWS", rows)
     model = routed(config(), config(r=3), dtype=dtype)
     x, _ = call(6, dtype=dtype)
     base, y, before = two(dtype)(x), model(x), bits(model)

@@ -135,13 +135,6 @@ def test_activation_checkpointing_gives_the_same_gradients_and_counts_once(reent
     assert torch.equal(layer.activation_counts, twin.activation_counts)
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("selection", "weights"), SETTINGS)
 def test_compiled_whole_it_is_the_same(selection, weights):

@@ -55,7 +55,7 @@ def test_a_merged_layer_computes_the_fixed_choice():
 def test_merging_in_blocks_of_rows(monkeypatch, rows):
     layer, x = expert_layer().eval(), torch.randn(6, 37)
     inputs = merged_inputs(layer, x, torch.arange(5))
-    monkeypatch.setattr(adapter, "_MERGE_ROWS", rows)
+    monkeypatch.setattr(adapter, "MERGE_ROWS", rows)
     layer.merge(top=5)
     assert_parity({"y": layer(x).detach()}, inputs, reference=reference)
 

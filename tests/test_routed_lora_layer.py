@@ -269,6 +269,6 @@ def test_lora_A_starts_kaiming_uniform():
 def test_merging_in_blocks_of_rows(monkeypatch, rows):
     whole, blocks = make().eval(), make().eval()
     whole.merge()
-    monkeypatch.setattr(adapter, "_MERGE_ROWS", rows)
+    monkeypatch.setattr(adapter, "MERGE_ROWS", rows)
     blocks.merge()
     torch.testing.assert_close(blocks.weight, whole.weight)

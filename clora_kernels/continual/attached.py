@@ -147,16 +147,16 @@ class AttachedLayers:
     def folded(self, task: int, kept: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
         """layer → tensor → value of what ``fold_layers`` kept of a task; empty for a task that was not folded."""
         found: dict[str, dict[str, Tensor]] = {}
-        for name in self.layers:
-            prefix = f"folded.{task}.{name}."
-            of_layer = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in (self.kept if kept is None else kept).items()
-                if key.startswith(prefix)
-            }
-            if of_layer:
-                found[name] = of_layer
+        prefix = f"folded.{task}."
+        for key, tensor in (self.kept if kept is None else kept).items():
+            if key.startswith(prefix) and (place := self._place(key.removeprefix(prefix))):
+                found.setdefault(place[0], {})[place[1]] = tensor
         return found
+
+    def _place(self, key: str) -> tuple[str, str] | None:
+        """Layer and tensor of ``<layer>.<tensor>``; None for no layer of the method."""
+        layer = next((name for name in self.layers if key.startswith(f"{name}.")), None)
+        return None if layer is None else (layer, key.removeprefix(f"{layer}."))
 
     @property
     def has_folded(self) -> bool:
@@ -225,9 +225,8 @@ class AttachedLayers:
         strange = []
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
-            layer = next((n for n in self.layers if rest.startswith(f"{n}.")), None) if kind == "layers" else None
-            if layer is not None:
-                adapters[layer][rest.removeprefix(f"{layer}.")] = tensor
+            if kind == "layers" and (place := self._place(rest)):
+                adapters[place[0]][place[1]] = tensor
             elif kind in ("own", "kept"):
                 (own if kind == "own" else kept)[rest] = tensor
             else:

@@ -40,7 +40,7 @@ from ..modules.inject import Targets, inject
 from ..modules.routed_lora import RoutedLoRALinear
 from .attached import Adapters
 from .blocks import blocks_with, computed_once, output_of
-from .losses import block_weight_penalty, check_number, check_weight, low_rank_norm, soft_cross_entropy
+from .losses import block_weight_penalty, check_number, check_weight, relative_norm, soft_cross_entropy
 from .protocol import ContinualMethod
 from .vit import class_token_exit, vit_targets
 
@@ -221,12 +221,11 @@ class CLLoRA(ContinualMethod):
     def _drift(self) -> float | None:
         if self.task < 2:
             return None
-        moved, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for name, layer in self.shared.items():
-            old = self.kept[f"teacher.{name}.lora_B"].to(layer.lora_B)
-            moved += low_rank_norm(layer.lora_B.detach() - old, layer.lora_A.mT).square().cpu()
-            whole += low_rank_norm(old, layer.lora_A.mT).square().cpu()
-        return float((moved / whole).sqrt()) if whole > 0 else None
+        teacher = {name: self.kept[f"teacher.{name}.lora_B"].to(layer.lora_B) for name, layer in self.shared.items()}
+        return relative_norm(
+            ((layer.lora_B - teacher[name], layer.lora_A.mT), (teacher[name], layer.lora_A.mT))
+            for name, layer in self.shared.items()
+        )
 
     def _overlap(self) -> float | None:
         return float(block_weight_penalty(self.block_weights(), self._old_block_weights())) if self.task > 1 else None

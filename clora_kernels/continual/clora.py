@@ -29,7 +29,7 @@ from ..autograd.gram_schmidt import orthonormal_basis
 from ..modules.inject import Targets
 from ..modules.routed_lora import RoutedLoRALinear
 from .lora import RoutedLoRAMethod
-from .losses import check_fraction, check_weight, leading_left_singular_vectors, low_rank_norm, routing_orthogonality
+from .losses import check_fraction, check_weight, leading_left_singular_vectors, relative_norm, routing_orthogonality
 
 BASES = ("leading", "full", "raw")
 TRAIN_FACTORS = ("always", "first_task")
@@ -167,16 +167,15 @@ class CLoRA(RoutedLoRAMethod):
     def _drift(self) -> float | None:
         if "basis" not in self.kept:
             return None
-        moved, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for name, layer in self.routed():
-            A, B = layer.lora_A, layer.lora_B
-            A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
-            R_old = layer.get_buffer("frozen_routing").double()
-            routed, routed_start = (b.double() @ R_old.mT for b in (B, B_start))
-            left = torch.cat([A_start, A]).mT
-            moved += low_rank_norm(left, torch.cat([routed_start, -routed], 1)).square().cpu()
-            whole += low_rank_norm(A_start.mT, routed_start).square().cpu()
-        return float((moved / whole).sqrt())
+        return relative_norm(self._moved(name, layer) for name, layer in self.routed())
+
+    def _moved(self, name: str, layer: RoutedLoRALinear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The change of a layer's A·R_old·B in this task, and what it was, as products."""
+        A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
+        R_old = layer.get_buffer("frozen_routing").double()
+        routed, routed_start = (B.double() @ R_old.mT for B in (layer.lora_B, B_start))
+        both = torch.cat([A_start, layer.lora_A]).mT
+        return (both, torch.cat([routed_start, -routed], 1)), (A_start.mT, routed_start)
 
     def _overlap(self) -> float | None:
         if "basis" not in self.kept:

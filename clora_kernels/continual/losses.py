@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,16 @@ def check_number(name: str, value: float) -> None:
     """Raise TypeError, naming the argument, for what is no number; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+
+
+def relative_norm(parts: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]) -> float | None:
+    """‖changes‖_F/‖wholes‖_F over all parts, each a change and a whole as :func:`low_rank_norm` takes a product; None
+    where the wholes are zero."""
+    changed, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for change, of in parts:
+        changed += low_rank_norm(*change).square().cpu()
+        whole += low_rank_norm(*of).square().cpu()
+    return float((changed / whole).sqrt()) if whole > 0 else None
 
 
 def low_rank_norm(left: Tensor, right: Tensor) -> Tensor:

@@ -24,14 +24,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..autograd.gram_schmidt import gram_schmidt_foreach
 from ..modules.routed_lora import RoutedLoRALinear
 from .attached import Adapters
 from .lora import RoutedLoRAMethod
-from .losses import low_rank_norm
+from .losses import relative_norm
 
 
 class SLAO(RoutedLoRAMethod):
@@ -103,8 +102,4 @@ class SLAO(RoutedLoRAMethod):
         return measures
 
     def _distance(self, merged: Adapters) -> float | None:
-        apart, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for name, A, B in self.pairs():
-            apart += low_rank_norm(B - merged[name]["lora_B"], A.mT).square().cpu()
-            whole += low_rank_norm(B, A.mT).square().cpu()
-        return float((apart / whole).sqrt()) if whole > 0 else None
+        return relative_norm(((B - merged[name]["lora_B"], A.mT), (B, A.mT)) for name, A, B in self.pairs())

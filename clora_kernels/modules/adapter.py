@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Rows of the weight that are merged at a time: bounds the fp32 copy.
-_MERGE_ROWS = 1024
+MERGE_ROWS = 1024
 
 
 def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,8 +174,8 @@ class AdapterLinear(nn.Linear):
 
     def _write_merged(self, original: Tensor, into: Tensor) -> None:
         out, weight = (into.mT, original.mT) if self.fan_in_fan_out else (into, original)
-        for start in range(0, self.out_features, _MERGE_ROWS):
-            rows = slice(start, start + _MERGE_ROWS)
+        for start in range(0, self.out_features, MERGE_ROWS):
+            rows = slice(start, start + MERGE_ROWS)
             out[rows] = self._merged_rows(weight[rows], rows)
 
     def _keep(self, original: Tensor | None) -> None:

@@ -75,18 +75,6 @@ PEFT_METHOD = [
                 "tensors[adapter_name].to(device, self.weight.dtype)",
             ),
             (
-                "conv-laid-out-as-linear",
-                "Conv1D is read as nn.Linear",
-                "x, weight if isinstance(base, nn.Linear) else weight.mT, bias=bias",
-                "x, weight if weight.shape[0] == self.out_features else weight, bias=bias",
-            ),
-            (
-                "arguments-dropped",
-                "further arguments of a call are dropped",
-                "if adapters and not args and not kwargs and why",
-                "if adapters and why",
-            ),
-            (
                 "always-drops",
                 "dropout goes on in evaluation",
                 '"training": self.training',
@@ -133,6 +121,25 @@ PEFT_METHOD = [
                 "a disabled layer leaves merged adapters in the weight",
                 "if self.disable_adapters and self.merged:",
                 "if self.disable_adapters and not self.merged:",
+            ),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/integrations/peft/layers.py",
+        "peft-method",
+        (NUMBERS, STATES, FILES),
+        [
+            (
+                "conv-laid-out-as-linear",
+                "Conv1D is read as nn.Linear",
+                "weight if isinstance(base, nn.Linear) else weight.mT",
+                "weight",
+            ),
+            (
+                "arguments-dropped",
+                "further arguments of a call are dropped",
+                "if adapters and not args and not kwargs and why",
+                "if adapters and why",
             ),
         ],
     ),

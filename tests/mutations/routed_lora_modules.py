@@ -165,8 +165,8 @@ _ADAPTER = mutants_of(
         (
             "merge-first-rows",
             "only the first block of rows is merged",
-            "for start in range(0, self.out_features, _MERGE_ROWS):",
-            "for start in range(0, min(self.out_features, _MERGE_ROWS), _MERGE_ROWS):",
+            "for start in range(0, self.out_features, MERGE_ROWS):",
+            "for start in range(0, min(self.out_features, MERGE_ROWS), MERGE_ROWS):",
         ),
         (
             "state-dict-merged",

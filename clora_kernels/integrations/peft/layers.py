@@ -61,7 +61,7 @@ class Accelerated(_Base):
             return super().forward(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
-            return self._added(x, [_joined(parts, self._gate_of_samples(x, parts, adapter_names))])
+            return output_with([_joined(parts, self._gate_of_samples(x, parts, adapter_names))], self.base_layer, x)
         adapters = [
             {"lora_A": A.weight, "lora_B": B.weight, "scaling": self.scaling[name], "dropout_p": _dropout_p(drop)}
             for name, (A, B, drop) in parts.items()
@@ -69,7 +69,7 @@ class Accelerated(_Base):
         if len(parts) > 1 and not any(adapter["dropout_p"] for adapter in adapters):
             gates = [x.new_full((a["lora_A"].shape[0],), a["scaling"], dtype=torch.float32) for a in adapters]
             adapters = [_joined(parts, torch.cat(gates))]
-        return self._added(x, adapters)
+        return output_with(adapters, self.base_layer, x)
 
     def parts(self, names: Sequence[str]) -> dict[str, Parts]:
         """Those of the named adapters that this layer has: lora_A, lora_B and the dropout of each."""
@@ -120,21 +120,6 @@ class Accelerated(_Base):
         gate = torch.tensor(rows).repeat_interleave(ranks, 1).to(x.device)
         return gate.reshape(len(rows), *(1,) * (x.dim() - 2), -1)
 
-    def _added(self, x: Tensor, adapters: list[dict[str, Any]]) -> Tensor:
-        """The base's output with the adapters' on top."""
-        base = self.base_layer
-        if why_not_fused(base) is None:
-            weight, bias = base._parameters["weight"], base._parameters["bias"]
-            assert weight is not None
-            y = routed_lora_linear(
-                x, weight if isinstance(base, nn.Linear) else weight.mT, bias=bias, **adapters.pop(0)
-            )
-        else:
-            y = base(x)
-        for adapter in adapters:
-            y = routed_lora_delta(x, **adapter, base_output=y)
-        return y
-
 
 def _joined(parts: Mapping[str, Parts], gate: Tensor) -> dict[str, Any]:
     """Several adapters as one whose gate holds their scalings."""
@@ -149,6 +134,20 @@ def _dropout_p(drop: nn.Module) -> float:
 def is_plain(t: Tensor) -> bool:
     """Whether a tensor holds values, rather than other tensors that mean something together (DTensor, quantised)."""
     return type(t) in PLAIN_TYPES or not is_traceable_wrapper_subclass(t)
+
+
+def output_with(adapters: list[dict[str, Any]], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of ``base`` for x and further arguments with the adapters, given as arguments of
+    :func:`clora_kernels.routed_lora_delta`, on top: the first of them in one sum with the base where that can be."""
+    if adapters and not args and not kwargs and why_not_fused(base) is None:
+        first, *adapters = adapters
+        weight, bias = base.get_parameter("weight"), base._parameters["bias"]
+        y = routed_lora_linear(x, weight if isinstance(base, nn.Linear) else weight.mT, bias=bias, **first)
+    else:
+        y = base(x, *args, **kwargs)
+    for adapter in adapters:
+        y = routed_lora_delta(x, **adapter, base_output=y)
+    return y
 
 
 def why_not_fused(base: nn.Module) -> str | None:

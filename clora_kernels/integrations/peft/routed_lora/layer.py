@@ -10,14 +10,11 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ....autograd.routed_lora import merge_routed_lora, routed_lora_delta, routed_lora_linear
+from ....autograd.routed_lora import merge_routed_lora
 from ....autograd.routed_lora.arguments import DTYPES
-from ....modules.adapter import why_not_adaptable
-from ..layers import is_plain, why_not_fused
+from ....modules.adapter import MERGE_ROWS, why_not_adaptable
+from ..layers import is_plain, output_with
 from .config import RoutedLoraConfig
-
-# Rows of the weight that are merged at a time: bounds the fp32 copy.
-_MERGE_ROWS = 1024
 
 
 class _Parameters(nn.ParameterDict):
@@ -117,18 +114,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lora_A]
-        adapters = [self._arguments(name) for name in names]
-        base = self.base_layer
-        if adapters and not args and not kwargs and why_not_fused(base) is None:
-            weight, bias = base.get_parameter("weight"), base._parameters["bias"]
-            y = routed_lora_linear(
-                x, weight if isinstance(base, nn.Linear) else weight.mT, bias=bias, **adapters.pop(0)
-            )
-        else:
-            y = base(x, *args, **kwargs)
-        for adapter in adapters:
-            y = routed_lora_delta(x, **adapter, base_output=y)
-        return y
+        return output_with([self._arguments(name) for name in names], self.base_layer, x, *args, **kwargs)
 
     def _arguments(self, adapter_name: str) -> dict[str, Any]:
         A, B, R, R_old = self.adapter_tensors(adapter_name)
@@ -184,8 +170,8 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     def _add_to(self, weight: Tensor, adapter_name: str, sign: int) -> None:
         A, B, R, R_old = self.adapter_tensors(adapter_name)
         out = weight if isinstance(self.get_base_layer(), nn.Linear) else weight.mT
-        for start in range(0, self.out_features, _MERGE_ROWS):
-            rows = slice(start, start + _MERGE_ROWS)
+        for start in range(0, self.out_features, MERGE_ROWS):
+            rows = slice(start, start + MERGE_ROWS)
             out[rows] = merge_routed_lora(
                 out[rows], A, B[rows], R, frozen_routing=R_old, scaling=sign * self.scaling[adapter_name]
             )
