@@ -113,3 +113,12 @@ def test_the_guide_for_users_of_peft(tmp_path, monkeypatch) -> None:
                            if "routed" not in k and "lora_" not in k and "routing" not in k})  # fmt: skip
     stock = PeftModel.from_pretrained(again, tmp_path / "stock")
     torch.testing.assert_close(stock(x), model(x))
+
+
+def test_the_call_of_the_guide_to_the_kernels() -> None:
+    (code,) = snippets("docs/kernels.md")
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    # Sums of 256 products, whose terms are not much larger than the largest sum.
+    assert 0 < names["error"] <= 256 * torch.finfo(torch.float32).eps * names["truth"].abs().max()
