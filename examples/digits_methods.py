@@ -32,34 +32,34 @@ from clora_kernels.continual.metrics import METRICS, summaries
 HERE = Path(__file__).resolve().parent
 TUNED = HERE / "results" / "digits_tuned.json"
 COMMAND = "python examples/compare_on_digits.py --tune"
-# Three turned ones, and every second rate, for the time it takes: a task has all ten digits.
+# Three turned ones, and fewer rates, for the time it takes: a task has all ten digits.
 TUNING_SEEDS = {"classes": tuple(range(100, 106)), "domains": tuple(range(100, 103))}
 RANK, TARGETS = 8, vit_targets(("q", "v", "fc1", "fc2"))
 
-RATES, SCALES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1), (5.0, 10.0)
-SGD_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in RATES]
-LORA_GRID = [*SGD_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.0003, 0.001))]
-WIDE_GRID = [*LORA_GRID, *(Settings("adamw", lr, scale) for scale in SCALES for lr in (0.002, 0.005, 0.01))]
-JOINT_GRID = [Settings("sgd", lr, scale) for scale in SCALES for lr in (0.02, 0.05, 0.1, 0.2)]
+Rates = dict[str, tuple[float, ...]]  # by optimizer
+JOINT_SGD: Rates = {"sgd": (0.02, 0.05, 0.1, 0.2)}
+SGD: Rates = {"sgd": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)}
+SGD_AND_ADAMW: Rates = {**SGD, "adamw": (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02)}
+FEWER: Rates = {"sgd": (0.01, 0.03, 0.05, 0.1, 0.2), "adamw": (0.001, 0.005, 0.02)}
+SCALES = (5.0, 10.0)
 
 
 class Contestant(NamedTuple):
-    """A method, how it is attached to a backbone, and the settings it is tuned over (none: it does not train).
+    """A method, how it is attached to a backbone, and the rates it is tuned over (none: it does not train).
 
     ``ablation``: of which method it is one, with that method's settings; only the full comparison has it.
     """
 
     attach: Callable[..., Any]
-    grid: list[Settings]
+    rates: Rates
     joint: bool = False
     ablation: str | None = None
 
-    def grid_of(self, scenario: str) -> list[Settings]:
-        """Where the head is frozen there is no scale to choose; every second rate will do."""
+    def grid(self, scenario: str) -> list[Settings]:
+        """The settings that are tried; where the head is frozen there is no scale to choose, and fewer rates will do."""
         if scenario == "classes":
-            return self.grid
-        rates = {kind: sorted({s.lr for s in self.grid if s.optimizer == kind})[1::2] for kind in ("sgd", "adamw")}
-        return [Settings(kind, lr, 1.0) for kind, lrs in rates.items() for lr in lrs]
+            return [Settings(kind, lr, scale) for kind in self.rates for scale in SCALES for lr in self.rates[kind]]
+        return [Settings(kind, lr, 1.0) for kind, lrs in self.rates.items() for lr in lrs if lr in FEWER[kind]]
 
 
 class OpenPathLinear(RoutedLoRALinear):
@@ -78,18 +78,18 @@ FROZEN, LORA, CLORA = "frozen backbone", "LoRA, task after task", "C-LoRA"
 FIRST, JOINT = "LoRA, first task only", "LoRA, all tasks jointly"
 LAYER = {"targets": TARGETS, "r": RANK}
 CONTESTANTS = {
-    FROZEN: Contestant(functools.partial(SequentialLoRA, **LAYER, train="never"), []),
-    FIRST: Contestant(functools.partial(SequentialLoRA, **LAYER, train="first_task"), LORA_GRID),
-    LORA: Contestant(functools.partial(SequentialLoRA, **LAYER), LORA_GRID),
-    CLORA: Contestant(functools.partial(CLoRA, **LAYER), SGD_GRID),
+    FROZEN: Contestant(functools.partial(SequentialLoRA, **LAYER, train="never"), {}),
+    FIRST: Contestant(functools.partial(SequentialLoRA, **LAYER, train="first_task"), SGD_AND_ADAMW),
+    LORA: Contestant(functools.partial(SequentialLoRA, **LAYER), SGD_AND_ADAMW),
+    CLORA: Contestant(functools.partial(CLoRA, **LAYER), SGD),
     "C-LoRA without its loss": Contestant(
-        functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD_GRID, ablation=CLORA
+        functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD, ablation=CLORA
     ),
-    "C-LoRA without the stopped path": Contestant(functools.partial(OpenPathCLoRA, **LAYER), SGD_GRID, ablation=CLORA),
-    "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), WIDE_GRID),
-    "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), WIDE_GRID),
-    "SLAO": Contestant(functools.partial(SLAO, **LAYER), LORA_GRID),
-    JOINT: Contestant(functools.partial(SequentialLoRA, **LAYER), JOINT_GRID, joint=True),
+    "C-LoRA without the stopped path": Contestant(functools.partial(OpenPathCLoRA, **LAYER), SGD, ablation=CLORA),
+    "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), SGD_AND_ADAMW),
+    "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), SGD_AND_ADAMW),
+    "SLAO": Contestant(functools.partial(SLAO, **LAYER), SGD_AND_ADAMW),
+    JOINT: Contestant(functools.partial(SequentialLoRA, **LAYER), JOINT_SGD, joint=True),
 }
 
 
@@ -125,7 +125,7 @@ def tune(pool: Executor) -> None:
     for scenario in SCENARIOS:
         methods, streams = record[scenario]["methods"], None
         for name, contestant in CONTESTANTS.items():
-            grid = [] if contestant.ablation else contestant.grid_of(scenario)
+            grid = [] if contestant.ablation else contestant.grid(scenario)
             known = {settings_of(t): t for t in methods.pop(name, {"tried": []})["tried"]}
             new = [settings for settings in grid if settings not in known]
             if new and streams is None:
@@ -155,7 +155,7 @@ def tuned_settings(scenario: str) -> dict[str, Settings]:
     if not TUNED.is_file():
         raise FileNotFoundError(f"{TUNED}: the tuned settings are missing; {COMMAND} finds them")
     methods = json.loads(TUNED.read_text())[scenario]["methods"]
-    wanted = {name: contestant.ablation or name for name, contestant in CONTESTANTS.items() if contestant.grid}
+    wanted = {name: contestant.ablation or name for name, contestant in CONTESTANTS.items() if contestant.rates}
     missing = sorted({of for of in wanted.values() if of not in methods})
     if missing:
         raise ValueError(f"{TUNED}: no settings of {', '.join(missing)} in {scenario}; {COMMAND} finds them")

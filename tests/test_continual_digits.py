@@ -58,7 +58,7 @@ def test_every_contestant_runs_and_repeats_itself(examples, shorts, scenario) ->
     compare, digits = examples
     stream, settings = shorts[scenario], digits.Settings("sgd", 0.02, 10.0)
     runs = {
-        name: compare.run_contestant(stream, name, settings if contestant.grid else None)
+        name: compare.run_contestant(stream, name, settings if contestant.rates else None)
         for name, contestant in compare.CONTESTANTS.items()
     }
     for name in (compare.CLORA, "DAC"):

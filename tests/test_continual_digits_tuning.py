@@ -21,10 +21,10 @@ def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples, 
     assert record["command"] == "python examples/compare_on_digits.py --tune"
     seeds, methods = (record[scenario][k] for k in ("seeds", "methods"))
     assert min(seeds) >= 100 and seeds == list(compare.TUNING_SEEDS[scenario])
-    assert methods.keys() == {name for name, c in compare.CONTESTANTS.items() if c.grid and not c.ablation}
+    assert methods.keys() == {name for name, c in compare.CONTESTANTS.items() if c.rates and not c.ablation}
     chosen = compare.tuned_settings(scenario)
     for name, method in methods.items():
-        assert [digits_methods.settings_of(t) for t in method["tried"]] == compare.CONTESTANTS[name].grid_of(scenario)
+        assert [digits_methods.settings_of(t) for t in method["tried"]] == compare.CONTESTANTS[name].grid(scenario)
         assert method["best"] == max(method["tried"], key=lambda t: t["average"])
         assert chosen[name] == digits_methods.settings_of(method["best"])
     for name, contestant in compare.CONTESTANTS.items():
@@ -36,11 +36,10 @@ def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples, 
 def small(examples, shorts, tmp_path, monkeypatch):
     """Two methods and an ablation of the first; what runs is recorded, and how good a setting is stands in ``best``."""
     import digits_methods
-    from digits import Settings
 
-    grid = [Settings("sgd", lr, 5.0) for lr in (0.05, 0.1, 0.15, 0.2)]  # of turned digits, the second and the fourth
-    contestants = {name: digits_methods.Contestant(lambda: None, grid) for name in ("first", "second")}
-    contestants["part"] = digits_methods.Contestant(lambda: None, grid, ablation="first")
+    rates = {"sgd": (0.05, 0.1, 0.15, 0.2)}
+    contestants = {name: digits_methods.Contestant(lambda: None, rates) for name in ("first", "second")}
+    contestants["part"] = digits_methods.Contestant(lambda: None, rates, ablation="first")
     best = {0.05: 0.1, 0.1: 0.5, 0.15: 0.2, 0.2: 0.7}
     small = types.SimpleNamespace(runs=[], best=best, fails=None, methods=digits_methods)
 
@@ -52,6 +51,7 @@ def small(examples, shorts, tmp_path, monkeypatch):
         return examples[0].Run(accuracies, [], None, None)
 
     monkeypatch.setattr(digits_methods, "CONTESTANTS", contestants)
+    monkeypatch.setattr(digits_methods, "FEWER", {"sgd": (0.1, 0.2)})
     monkeypatch.setattr(digits_methods, "run_contestant", run_contestant)
     monkeypatch.setattr(digits_methods, "make_stream", lambda seed, scenario: shorts[scenario])
     monkeypatch.setattr(digits_methods, "TUNED", tmp_path / "results" / "tuned.json")
@@ -97,9 +97,17 @@ def test_what_was_tried_otherwise_is_tried_again(small, changed, monkeypatch) ->
     assert {scenario for scenario, _ in small.runs} == ({"classes", "domains"} if changed != "seeds" else {"classes"})
 
 
-def test_a_frozen_head_has_no_scale_to_choose(examples) -> None:
+def test_a_frozen_head_has_no_scale_to_choose_and_fewer_rates(examples) -> None:
     lora = examples[0].CONTESTANTS[examples[0].LORA]
-    assert lora.grid_of("classes") == lora.grid
-    tried = [("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1), ("adamw", 0.001)]
-    assert [(s.optimizer, s.lr) for s in lora.grid_of("domains")] == tried
-    assert {s.head_scale for s in lora.grid_of("domains")} == {1.0}
+    every, fewer = lora.grid("classes"), lora.grid("domains")
+    assert {s.head_scale for s in every} == {5.0, 10.0} and {s.head_scale for s in fewer} == {1.0}
+    tried = [("sgd", lr) for lr in (0.01, 0.03, 0.05, 0.1, 0.2)] + [("adamw", lr) for lr in (0.001, 0.005, 0.02)]
+    assert [(s.optimizer, s.lr) for s in fewer] == tried
+    assert set(tried) < {(s.optimizer, s.lr) for s in every}
+
+
+def test_only_c_lora_and_joint_training_are_not_tried_under_adamw(examples) -> None:
+    contestants = examples[0].CONTESTANTS
+    without = {name for name, c in contestants.items() if c.rates and "adamw" not in c.rates}
+    assert without == {name for name in contestants if name.startswith("C-LoRA")} | {examples[0].JOINT}
+    assert len({tuple(c.rates.items()) for name, c in contestants.items() if "adamw" in c.rates}) == 1
