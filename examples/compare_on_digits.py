@@ -94,8 +94,8 @@ def prove_parity(stream: Stream) -> None:
 
 
 def costs(runs: list[Run]) -> dict[str, str]:
-    """Columns of the table: values trained in a task (the most) and stored after the first and the last, the median step
-    of the run that the rest of the machine disturbed least, peak memory of a step."""
+    """Columns of the table: values trained in a task (the most), stored after the first and the last; median step of
+    the run that was disturbed least, peak memory of a step."""
     seconds = [r.step_seconds for r in runs if r.step_seconds is not None]
     peaks = [r.step_bytes for r in runs if r.step_bytes is not None]
     return {

@@ -56,7 +56,7 @@ class Contestant(NamedTuple):
     ablation: str | None = None
 
     def grid(self, scenario: str) -> list[Settings]:
-        """The settings that are tried; where the head is frozen there is no scale to choose, and fewer rates will do."""
+        """The settings that are tried; a frozen head has no scale to choose, and fewer rates will do."""
         if scenario == "classes":
             return [Settings(kind, lr, scale) for kind in self.rates for scale in SCALES for lr in self.rates[kind]]
         return [Settings(kind, lr, 1.0) for kind, lrs in self.rates.items() for lr in lrs if lr in FEWER[kind]]
@@ -82,9 +82,7 @@ CONTESTANTS = {
     FIRST: Contestant(functools.partial(SequentialLoRA, **LAYER, train="first_task"), SGD_AND_ADAMW),
     LORA: Contestant(functools.partial(SequentialLoRA, **LAYER), SGD_AND_ADAMW),
     CLORA: Contestant(functools.partial(CLoRA, **LAYER), SGD),
-    "C-LoRA without its loss": Contestant(
-        functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD, ablation=CLORA
-    ),
+    "C-LoRA without its loss": Contestant(functools.partial(CLoRA, **LAYER, orthogonality=0.0), SGD, ablation=CLORA),
     "C-LoRA without the stopped path": Contestant(functools.partial(OpenPathCLoRA, **LAYER), SGD, ablation=CLORA),
     "CL-LoRA": Contestant(functools.partial(CLLoRA, targets=vit_targets(("q", "v")), r=RANK), SGD_AND_ADAMW),
     "DAC": Contestant(functools.partial(DAC, targets=vit_targets(("q", "k", "v", "out", "fc1", "fc2"))), SGD_AND_ADAMW),

@@ -204,6 +204,6 @@ def test_the_columns_of_costs_are_those_of_the_last_and_of_the_largest_task(exam
     ]
     compare = examples[0]
     found = compare.costs(runs)
-    assert (found["trained"], found["ms a step"], found["MB a step"]) == ("50", "2.0", "3.0")
+    assert (found["trained"], found["ms a step"], found["MB a step"]) == ("50", "1.0", "3.0")
     assert found["stored"].endswith("300")
     assert compare.costs(runs[3:]) == {**found, "ms a step": "-", "MB a step": "-"}
