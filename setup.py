@@ -13,6 +13,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -142,6 +145,13 @@ def keep_reasons(directory: str) -> None:
     Path(directory, "_build.json").write_text(json.dumps(not_built, indent=2) + "\n")
 
 
+def side_by_side(compile_sources: Callable[..., list[str]], sources: list[str], **options: object) -> list[str]:
+    """Compile each source by itself, as many at a time as there are processors: the objects in their order."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+        objects = pool.map(lambda source: compile_sources([source], **options), sources)
+        return [name for of_source in objects for name in of_source]
+
+
 class BuildPython(build_py):
     """A pure-Python install has no extension to build, so the reasons are written here too."""
 
@@ -182,6 +192,7 @@ class BuildParts(build_ext):
             "CLORA_CUDA_ARCHS": " ".join(archs),
         }
         extension.define_macros = [(name, f'"{value}"') for name, value in strings.items()]
+        self.compiler.compile = partial(side_by_side, self.compiler.compile)
         super().build_extension(extension)
 
     def build_cuda(self, extension: Extension) -> None:

@@ -57,6 +57,9 @@ def test_the_committed_table_is_of_these_mutants_and_none_survived():
         m.id for m in MUTANTS if m.gpu
     }
     assert not {name: verdict for name, verdict in verdicts.items() if verdict.startswith("**")}
+    tests = {name: verdict.strip("`") for name, verdict in verdicts.items() if "::" in verdict}
+    assert runner.killers() == tests
+    assert all((ROOT / test.split("::")[0]).is_file() for test in tests.values())
 
 
 def test_one_mutant_a_kernel_dies():
@@ -77,6 +80,8 @@ def test_a_mutant_that_changes_nothing_survives(tmp_path):
         ("tests/test_testing_integrity.py",),
     )
     assert runner.outcome(same).state == "survived"
+    for passing in ("test_launches_says_that_triton_is_missing", "test_that_is_not_there"):
+        assert runner.outcome(same, first=f"{same.tests[0]}::{passing}").state == "survived"
     with pytest.raises(ValueError, match="holds 0 times"):
         runner.mutated(same, "")
     unmatched = Mutant("none", same.file, "no test", same.old, same.new, ("tests/no_such_*.py",))
