@@ -6,6 +6,7 @@ Two scenarios. "classes": every task brings two new digits, the backbone is pret
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clora_kernels.continual.extras import require
+
+# transformers imports torchao where it is installed, which tells each process of parts that need a GPU.
+for talker in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(talker).setLevel(logging.ERROR)
 
 SCENARIOS = ("classes", "domains")
 DIGITS, PRETRAINING_CLASSES, TASKS, CLASSES_A_TASK = 10, 4, 3, 2

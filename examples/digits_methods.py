@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, as_completed
 from pathlib import Path
@@ -37,10 +40,10 @@ TUNING_SEEDS = {"classes": tuple(range(100, 106)), "domains": tuple(range(100, 1
 RANK, TARGETS = 8, vit_targets(("q", "v", "fc1", "fc2"))
 
 Rates = dict[str, tuple[float, ...]]  # by optimizer
-JOINT_SGD: Rates = {"sgd": (0.02, 0.05, 0.1, 0.2)}
+JOINT_SGD: Rates = {"sgd": (0.03, 0.05, 0.1, 0.2)}
 SGD: Rates = {"sgd": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)}
-SGD_AND_ADAMW: Rates = {**SGD, "adamw": (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02)}
-FEWER: Rates = {"sgd": (0.01, 0.03, 0.05, 0.1, 0.2), "adamw": (0.001, 0.005, 0.02)}
+SGD_AND_ADAMW: Rates = {**SGD, "adamw": (0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}
+FEWER: Rates = {"sgd": (0.01, 0.03, 0.05, 0.1, 0.2), "adamw": (0.001, 0.005, 0.02, 0.05, 0.1)}
 SCALES = (5.0, 10.0)
 
 
@@ -176,3 +179,13 @@ def versions() -> dict[str, str]:
 
     names = {"torch": torch, "transformers": transformers, "scikit-learn": sklearn}
     return {"python": platform.python_version(), **{name: module.__version__ for name, module in names.items()}}
+
+
+def provenance() -> str:
+    """Commit (with + where files differ from it), processor and versions, in a line."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--exclude", "*", "--dirty=+"]
+    known = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"^model name\s*: (.*)", told, re.MULTILINE)
+    processor = named[1] if named else platform.processor()
+    return ", ".join([f"commit {known or 'unknown'}", processor, *(f"{k} {v}" for k, v in versions().items())])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,13 +19,17 @@ from clora_kernels.testing import peak_memory
 
 
 class Run(NamedTuple):
-    """What one method did on one stream. The median training step in seconds and the peak of one in bytes are None for
-    a method that never trains."""
+    """What one method did on one stream."""
 
     accuracies: TaskAccuracies
     reports: list[TaskReport]
-    step_seconds: float | None
-    step_bytes: int | None
+
+
+class Cost(NamedTuple):
+    """Of a training step: the median time and the peak of memory."""
+
+    seconds: float
+    bytes: int
 
 
 MakeMethod = Callable[[nn.Module], ContinualMethod]
@@ -38,12 +43,12 @@ def run(
     torch.manual_seed(stream.seed + 1000 * repeat)
     tasks = len(stream.train)
     accuracy, masked = torch.full((tasks, tasks), torch.nan), torch.zeros(tasks)
-    meter, reports = StepMeter(), []
+    reports = []
     for i in range(tasks):
         if i == 0 or joint:
             method, prototypes = make_method(copy.deepcopy(stream.backbone)), Prototypes()
         new = stream.train[: i + 1] if joint else stream.train[i : i + 1]
-        reports.append(learn(method, Samples.of_all(new), stream, settings, meter))
+        reports.append(learn(method, Samples.of_all(new), stream, settings))
         for samples in new if stream.head is None else []:
             prototypes.add_task(method.outputs(samples.images)[-1], samples.labels)
         for j, (images, labels) in enumerate(stream.test[: i + 1]):
@@ -52,7 +57,7 @@ def run(
             if j == i:
                 masked[i] = (predict(stream.head or prototypes, views, task=i + 1) == labels).double().mean()
     samples = torch.tensor([len(test.labels) for test in stream.test])
-    return Run(TaskAccuracies(accuracy, masked, samples), reports, meter.median(), meter.bytes)
+    return Run(TaskAccuracies(accuracy, masked, samples), reports)
 
 
 def predict(classifier: nn.Module | Prototypes, views: list[Tensor], task: int | None = None) -> Tensor:
@@ -66,65 +71,66 @@ def predict(classifier: nn.Module | Prototypes, views: list[Tensor], task: int |
 
 
 def mean_of(runs: list[Run]) -> Run:
-    """Several runs of a method on one stream as one: their mean accuracies, the median step, the highest peak."""
+    """Several runs of a method on one stream as one: their mean accuracies, the reports of the first."""
     seen = [r.accuracies for r in runs]
     accuracy, masked = (torch.stack([getattr(a, k) for a in seen]).mean(0) for k in ("accuracy", "task_masked"))
-    seconds = [r.step_seconds for r in runs if r.step_seconds is not None]
-    peaks = [r.step_bytes for r in runs if r.step_bytes is not None]
-    return runs[0]._replace(
-        accuracies=TaskAccuracies(accuracy, masked, seen[0].samples),
-        step_seconds=statistics.median(seconds) if seconds else None,
-        step_bytes=max(peaks, default=None),
-    )
+    return Run(TaskAccuracies(accuracy, masked, seen[0].samples), runs[0].reports)
 
 
 def learn(
-    method: ContinualMethod,
-    samples: Samples,
-    stream: Stream,
-    settings: Settings | None,
-    meter: StepMeter,
-    epochs: int | None = None,
+    method: ContinualMethod, samples: Samples, stream: Stream, settings: Settings | None, epochs: int | None = None
 ) -> TaskReport:
-    """One task, through the head of all tasks where there is one; else through a cosine head of its own, trained with
-    the adapters on the task's classes alone."""
+    """One task, from its beginning to its end."""
+    for step in begin(method, samples, stream, settings, epochs):
+        step()
+    return method.end_task()
+
+
+def begin(
+    method: ContinualMethod, samples: Samples, stream: Stream, settings: Settings | None, epochs: int | None = None
+) -> list[Callable[[], object]]:
+    """The training steps of a task that begins, none for a method that does not train in it: through the head of all
+    tasks where there is one; else through a cosine head of its own, trained with the adapters on its classes alone."""
     classes = samples.labels.unique()
     # A method that never trains has no settings, and no use for a head.
     head = stream.head or (CosineHead(HIDDEN, len(classes), settings.head_scale) if settings else None)
     method.begin_task(head)
-    if method.trainable():
-        groups = method.param_groups(settings.lr)
-        if stream.head is None:
-            groups = [*groups, {"params": list(head.parameters()), "lr": settings.lr}]
-        optimizer = make_optimizer(settings, groups)
-        shuffled = batches(samples, EPOCHS[stream.scenario] if epochs is None else epochs)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(shuffled))
-        method.model.train()
-        for number, (images, labels) in enumerate(shuffled):
-            labels = labels if stream.head else torch.searchsorted(classes, labels)
-            task_loss = functools.partial(classify, method.model, head, images, labels)
-            meter(number, functools.partial(method.training_step, images, task_loss, optimizer))
-            schedule.step()
-    return method.end_task()
+    if not method.trainable():
+        return []
+    groups = method.param_groups(settings.lr)
+    if stream.head is None:
+        groups = [*groups, {"params": list(head.parameters()), "lr": settings.lr}]
+    optimizer = make_optimizer(settings, groups)
+    shuffled = batches(samples, EPOCHS[stream.scenario] if epochs is None else epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(shuffled))
+    method.model.train()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        labels = labels if stream.head else torch.searchsorted(classes, labels)
+        method.training_step(images, functools.partial(classify, method.model, head, images, labels), optimizer)
+        schedule.step()
+
+    return [functools.partial(step, *batch) for batch in shuffled]
 
 
-class StepMeter:
-    """Times every training step but one a task, of which it takes the peak of memory."""
-
-    def __init__(self, memory_at: int = 20) -> None:
-        self.seconds: list[float] = []
-        self.bytes: int | None = None
-        self.memory_at = memory_at
-
-    def __call__(self, number: int, step: Callable[[], object]) -> None:
-        """Run ``step``, the training step of that number in its task."""
-        if number == self.memory_at:
-            _, peak = peak_memory(step)
-            self.bytes = max(peak, self.bytes or 0)
-            return
-        start = time.perf_counter()
-        step()
-        self.seconds.append(time.perf_counter() - start)
-
-    def median(self) -> float | None:
-        return statistics.median(self.seconds) if self.seconds else None
+def step_costs(
+    stream: Stream, contestants: dict[str, tuple[MakeMethod, Settings]], rounds: int = 30
+) -> dict[str, Cost]:
+    """What a step costs in the second task of ``stream``, for the methods that train in it: their steps take turns in
+    this process, so that whatever else the machine does disturbs all of them alike."""
+    todo = {}
+    for name, (make_method, settings) in contestants.items():
+        torch.manual_seed(stream.seed)
+        method = make_method(copy.deepcopy(stream.backbone))
+        first, second = stream.train[:2]
+        learn(method, first, stream, settings, epochs=1)
+        if steps := begin(method, second, stream, settings):
+            todo[name] = itertools.cycle(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds):
+        for name, steps in todo.items():
+            step = next(steps)
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Cost(statistics.median(seconds[name]), peak_memory(next(steps))[1]) for name, steps in todo.items()}

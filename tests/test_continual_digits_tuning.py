@@ -27,6 +27,8 @@ def test_tuned_settings_are_the_best_of_what_was_tried_on_other_seeds(examples, 
         assert [digits_methods.settings_of(t) for t in method["tried"]] == compare.CONTESTANTS[name].grid(scenario)
         assert method["best"] == max(method["tried"], key=lambda t: t["average"])
         assert chosen[name] == digits_methods.settings_of(method["best"])
+        rates = [t["lr"] for t in method["tried"] if t["optimizer"] == chosen[name].optimizer]
+        assert min(rates) < chosen[name].lr < max(rates), f"{name}: the best is at the edge of what was tried"
     for name, contestant in compare.CONTESTANTS.items():
         if contestant.ablation:
             assert chosen[name] == chosen[contestant.ablation]
@@ -101,7 +103,9 @@ def test_a_frozen_head_has_no_scale_to_choose_and_fewer_rates(examples) -> None:
     lora = examples[0].CONTESTANTS[examples[0].LORA]
     every, fewer = lora.grid("classes"), lora.grid("domains")
     assert {s.head_scale for s in every} == {5.0, 10.0} and {s.head_scale for s in fewer} == {1.0}
-    tried = [("sgd", lr) for lr in (0.01, 0.03, 0.05, 0.1, 0.2)] + [("adamw", lr) for lr in (0.001, 0.005, 0.02)]
+    tried = [("sgd", lr) for lr in (0.01, 0.03, 0.05, 0.1, 0.2)] + [
+        ("adamw", lr) for lr in (0.001, 0.005, 0.02, 0.05, 0.1)
+    ]
     assert [(s.optimizer, s.lr) for s in fewer] == tried
     assert set(tried) < {(s.optimizer, s.lr) for s in every}
 
