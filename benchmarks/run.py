@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="(torch|peft)")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT asks it by old names
     if arguments.gpu_suite:
         from suite import run_suite
 
