@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Operation:
         memory_above: the contestant above whose peak memory others are reported; None: memory is reported whole.
         note, note_heading: the last column of the table, of a row of the results.
         counts, counted: whether being slower at a point counts, and what those points are called.
+        needs: packages without which nothing of it can be measured.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Operation:
     memory_above: str | None = None
     counts: Callable[[Mapping[str, Any]], bool] = lambda point: True
     counted: str = ""
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages it needs that are not installed."""
+        return [name for name in self.needs if find_spec(name) is None]
 
     def points(self, device: torch.device) -> tuple[Any, ...]:
         """The named points of a device, most important first."""

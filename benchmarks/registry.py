@@ -8,14 +8,14 @@ from typing import Any
 
 import continual
 import gram_schmidt
+import peft_steps
 import rank1_experts
 import routed_lora
 import torch
 from operation import Operation
 
-OPERATIONS = {
-    o.name: o for o in (routed_lora.OPERATION, gram_schmidt.OPERATION, rank1_experts.OPERATION, continual.OPERATION)
-}
+_MODULES = (routed_lora, gram_schmidt, rank1_experts, continual, peft_steps)
+OPERATIONS: dict[str, Operation] = {module.OPERATION.name: module.OPERATION for module in _MODULES}
 CONTESTANTS = list(dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.builders))
 
 
@@ -36,11 +36,13 @@ def select(
     quick: bool = False,
 ) -> list[Selection]:
     """What is to be measured: of one operation or of all, the points and contestants of comma-separated names; without
-    names all of them, or the quick ones. An operation that has none of the named is left out.
+    names all of them, or the quick ones. An operation that has none of the named, or misses a package, is left out.
 
     Raises ValueError for a name that is not among them, and where no operation is left.
     """
-    operations = list(OPERATIONS.values()) if op is None else [OPERATIONS[op]]
+    operations = [o for o in OPERATIONS.values() if not o.missing] if op is None else [OPERATIONS[op]]
+    if missing := operations[0].missing:
+        raise ValueError(f"op: {op} needs {', '.join(missing)}, not installed here")
     wanted_points = _names("points", points, (p.name for o in operations for p in o.points(device)))
     wanted = _names("contestants", contestants, (name for o in operations for name in o.builders))
     selections = []

@@ -11,8 +11,8 @@
 A point is measured after its results were checked (benchmarks/*/checks.py). Results go to stdout and, after every
 point, to benchmarks/results/*.json and *.csv; benchmarks/plot.py draws them. Columns: milliseconds; time over the
 yardstick's, within each round; the part of the floor's time (roofline.py) that was reached; peak memory; and
-alpha (the share of the adapter in the output), traffic (bytes a copy moves in the time, over those of two passes) or
-how many values are trained.
+alpha (the share of the adapter in the output), traffic (bytes a copy moves in the time, over those of two passes), how
+many values are trained, or tokens a second and launches.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="(torch|peft)")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT asks it by old names
     if arguments.gpu_suite:
         from suite import run_suite
 

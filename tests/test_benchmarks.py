@@ -76,7 +76,7 @@ def test_names_choose_operations_points_and_contestants(benchmarks):
         }
 
     everything = chosen()
-    assert list(everything) == ["routed_lora", "gram_schmidt", "rank1_experts", "continual"]
+    assert list(everything) == ["routed_lora", "gram_schmidt", "rank1_experts", "continual", "peft"]
     assert set(chosen(op="gram_schmidt")) == {"gram_schmidt"}
     for name, operation in registry.OPERATIONS.items():
         points, contestants = everything[name]

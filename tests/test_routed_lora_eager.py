@@ -44,6 +44,24 @@ def test_both_ways_give_the_same_bits(device, monkeypatch, options, dtype):
         assert plain.keys() == other.keys() and all(torch.equal(plain[k], other[k]) for k in plain), subset
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_where_nothing_learns_no_function_is_made(device, monkeypatch, options):
+    """The same bits without one, in every mode in which autograd does not look; a single tensor that learns has one."""
+    inputs = make_inputs(**OPTIONS[options], scaling=None, device=device)
+    expected, made, right = call(**inputs), [], functions.RoutedLoRAEagerFunction.apply
+    monkeypatch.setattr(functions.RoutedLoRAEagerFunction, "apply", lambda *args: made.append(1) or right(*args))
+    found = [call(**inputs)]
+    for name in [name for name in NAMES if isinstance(inputs.get(name), torch.Tensor)]:
+        learning = {**inputs, name: inputs[name].detach().clone().requires_grad_()}
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                found.append(call(**learning))
+        assert not made
+        y = call(**learning)
+        assert made.pop() and not made and y.requires_grad and torch.equal(y, expected), name
+    assert all(torch.equal(y, expected) and not y.requires_grad for y in found)
+
+
 @pytest.mark.parametrize("lead", [(), (7,), (3, 5), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
 @pytest.mark.parametrize("options", OPTIONS)

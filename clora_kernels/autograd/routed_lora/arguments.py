@@ -13,6 +13,8 @@ from ...kernels.routed_lora.algebra import Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_SEEDS = torch.iinfo(torch.int64)
+
 
 def check_tensor(name: str, t: Any, device: torch.device | None = None, floating: bool = True, of: str = "x") -> None:
     """TypeError unless ``t`` is a strided (floating-point) tensor, ValueError unless it lies on ``device``, that of
@@ -205,8 +207,7 @@ def dropout_tensors(
     if not training or dropout_p == 0.0:
         return None, None
     if dropout_seed is None:
-        limits = torch.iinfo(torch.int64)
-        dropout_seed = torch.randint(limits.min, limits.max, (), dtype=torch.int64, device=x.device)
+        dropout_seed = torch.randint(_SEEDS.min, _SEEDS.max, (), dtype=torch.int64, device=x.device)
     if torch.compiler.is_compiling():
         return dropout_seed, (_scalar(dropout_p, torch.float64, x.device) * 65536).round().to(torch.int64)
     return dropout_seed, _scalar(round(65536 * dropout_p), torch.int64, x.device)

@@ -82,6 +82,11 @@ def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def learns(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a call has a backward; a Function takes as long as a small layer to find that it has none."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+
+
 class RoutedLoRABackwardFunction(FirstOrderBackward):
     UNSUPPORTED = _UNSUPPORTED
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...dispatch.choice import Choice, check_backend
-from ...dispatch.routed_lora import check_index, choose, decide, pack_projections, routed_lora
+from ...dispatch.routed_lora import check_index, choose, decide, pack_projections, routed_lora, run_forward
 from ...kernels.routed_lora.algebra import Projection
 from ...library import autocast_is_on, refuse_forward_mode, without_autocast
 from ...reference import routed_lora as reference
 from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
-from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
+from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain, learns
 
 _PLACE = "adapters[{}]."
 
@@ -193,6 +193,8 @@ def _run(
         # with one gate), nor one with *tensors where nothing learns.
         return routed_lora(x, tensors, given, chosen)[: len(projections)]
     if is_plain(x, tensors):
+        if not learns(x, tensors):
+            return run_forward(x, projections, chosen)[: len(projections)]
         return RoutedLoRAEagerFunction.apply(x, projections, tuple(given), chosen, *tensors)
     return RoutedLoRAFunction.apply(x, tuple(given), chosen, *tensors)[: len(projections)]
 
@@ -204,7 +206,7 @@ def _check_training(training: Any) -> None:
 
 def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:
     seed, threshold = dropout_tensors(adapter.dropout_p, adapter.dropout_seed, training, x)
-    return j if seed is None else j._replace(seed=seed, threshold=threshold)
+    return j if seed is None else Projection(*j[:-2], seed, threshold)
 
 
 def prepare(

@@ -63,7 +63,12 @@ class Accelerated(_Base):
             self._check_forward_args(x, adapter_names=adapter_names)
             return output_with([_joined(parts, self._gate_of_samples(x, parts, adapter_names))], self.base_layer, x)
         adapters = [
-            {"lora_A": A.weight, "lora_B": B.weight, "scaling": self.scaling[name], "dropout_p": _dropout_p(drop)}
+            {
+                "lora_A": weight_of(A),
+                "lora_B": weight_of(B),
+                "scaling": self.scaling[name],
+                "dropout_p": _dropout_p(drop),
+            }
             for name, (A, B, drop) in parts.items()
         ]
         if len(parts) > 1 and not any(adapter["dropout_p"] for adapter in adapters):
@@ -100,12 +105,14 @@ class Accelerated(_Base):
         return None
 
     def _why_left_call(self, x: Tensor, parts: Mapping[str, Parts], args: Any, kwargs: Mapping[str, Any]) -> str | None:
-        if args or any(value is not None for key, value in kwargs.items() if key != "adapter_names"):
+        if args or [key for key, value in kwargs.items() if value is not None and key != "adapter_names"]:
             return "the layer is called with further arguments"
         if not is_plain(x):
             return f"x is a {type(x).__name__}"
-        if any(linear.weight.device != x.device for A, B, _ in parts.values() for linear in (A, B)):
-            return "an adapter is on another device than x"
+        device = x.device
+        for A, B, _ in parts.values():
+            if weight_of(A).device != device or weight_of(B).device != device:
+                return "an adapter is on another device than x"
         if kwargs.get("adapter_names") is not None:
             if any(_dropout_p(drop) for _, _, drop in parts.values()):
                 return "the samples of a batch name their adapters, and these drop"
@@ -136,12 +143,17 @@ def is_plain(t: Tensor) -> bool:
     return type(t) in PLAIN_TYPES or not is_traceable_wrapper_subclass(t)
 
 
+def weight_of(linear: nn.Module) -> Any:
+    """The weight of a layer that was found to be plain, past nn.Module's look-ups."""
+    return linear._parameters["weight"]
+
+
 def output_with(adapters: list[dict[str, Any]], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The output of ``base`` for x and further arguments with the adapters, given as arguments of
     :func:`clora_kernels.routed_lora_delta`, on top: the first of them in one sum with the base where that can be."""
     if adapters and not args and not kwargs and why_not_fused(base) is None:
         first, *adapters = adapters
-        weight, bias = base.get_parameter("weight"), base._parameters["bias"]
+        weight, bias = weight_of(base), base._parameters["bias"]
         y = routed_lora_linear(x, weight if isinstance(base, nn.Linear) else weight.mT, bias=bias, **first)
     else:
         y = base(x, *args, **kwargs)
@@ -154,7 +166,7 @@ def why_not_fused(base: nn.Module) -> str | None:
     """Why ``base`` has to be called for its output, or None where its weight is read instead."""
     if (why := why_not_replaceable(base)) is not None:
         return why
-    if not is_plain(weight := base.get_parameter("weight")):
+    if not is_plain(weight := weight_of(base)):
         return f"its weight is a {type(weight).__name__}"
     return None
 
