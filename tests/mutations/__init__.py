@@ -20,6 +20,8 @@ from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .launch import LAUNCH
 from .mutant import Mutant
+from .peft_accelerate import ACCELERATE
+from .peft_method import PEFT_METHOD
 from .rank1_experts import EXPERTS
 from .rank1_experts_calls import CALLS as EXPERT_CALLS
 from .rank1_experts_cuda import CUDA as EXPERTS_CUDA
@@ -86,6 +88,8 @@ MUTANTS: list[Mutant] = [
     *LAUNCH,
     *AOT,
     *INTEGRATIONS,
+    *ACCELERATE,
+    *PEFT_METHOD,
     *DROPOUT_MASK,
     *EXTENSION,
     *FORWARD_MODE,
