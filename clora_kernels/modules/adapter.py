@@ -46,6 +46,21 @@ def why_not_replaceable(module: nn.Module) -> str | None:
     return None
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor, of which each rank may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
+def write(into: Any, value: Tensor) -> None:
+    """Copy all of ``value`` into a tensor of the same shape; of a sharded one each rank takes its part."""
+    if is_sharded(into) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        # src_data_rank=None: every rank has the whole and cuts its own part, where the default would wait for rank 0.
+        value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+    into.copy_(value)
+
+
 class AdapterLinear(nn.Linear):
     """nn.Linear with an adapter beside ``weight`` and ``bias``. A subclass registers the adapter's tensors and says how
     they are merged (``_merged_rows``) and started anew (``reset_adapter``)."""
@@ -107,6 +122,12 @@ class AdapterLinear(nn.Linear):
         """Raise ValueError where there is no single merged weight to write."""
         if "weight" not in self._parameters:
             raise ValueError("weight: got a parametrized one, expected a plain Parameter, which a merge can overwrite")
+        for name, t in {"weight": self.weight, **self._adapter_tensors()}.items():
+            if is_sharded(t):
+                raise ValueError(
+                    f"{name}: got one that is sharded over ranks, expected a whole one; do it before sharding, or in a "
+                    "model that loads the full state dict"
+                )
 
     @property
     def merged(self) -> bool:
@@ -225,7 +246,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy an adapter in, strictly; nothing is written unless everything fits.
+        """Copy an adapter in, strictly; nothing is written unless everything fits. Where the layer is sharded over
+        ranks each of them brings the whole adapter, or a DTensor of the layer's mesh.
 
         Raises:
             ValueError: missing or unexpected names, or a shape that differs; says which.
@@ -233,7 +255,7 @@ class AdapterLinear(nn.Linear):
         """
         self.check_adapter_state_dict(state_dict)
         for name, tensor in self.adapter_state_dict().items():
-            tensor.copy_(state_dict[name])
+            write(tensor, state_dict[name])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -95,8 +95,8 @@ _ARGUMENTS = mutants_of(
         (
             "one-seed-for-all",
             "every call draws the same mask",
-            "dropout_seed = torch.randint(limits.min, limits.max, (),",
-            "dropout_seed = torch.full((), limits.min,",
+            "return torch.randint(limits.min, limits.max, (),",
+            "return torch.full((), limits.min,",
         ),
         ("threshold-cut", "the threshold is cut off, not rounded", "* 65536).round().to(", "* 65536).to("),
         (

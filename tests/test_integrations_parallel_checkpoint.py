@@ -1,0 +1,90 @@
+"""Checkpoints of torch.distributed.checkpoint: saved by two ranks, loaded by one and by four, and trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from parallel_models import D, by_block, loss_of, model, optimizer_of, whole
+from processes import run_in
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from clora_kernels import RoutedLoRALinear
+from clora_kernels.integrations.parallel import ColumnParallel, RowParallel
+
+OPTIONS = {"frozen_routing": True}
+
+
+def alone(module):
+    return module
+
+
+def tensor_parallel(module):
+    plan = {f"{i}.{name}": style() for i in "01" for name, style in (("up", ColumnParallel), ("down", RowParallel))}
+    return parallelize_module(module, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def train(module, optimizer, steps):
+    """On the same batch on every rank, so that the number of ranks changes nothing."""
+    for step in steps:
+        x, wanted = torch.randn(2, 3, 5, D, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        loss_of(module, x, wanted).backward()
+        optimizer.step()
+
+
+def adapters(module):
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, RoutedLoRALinear)}
+    return {f"{name}.{k}": t for name, layer in layers.items() for k, t in layer.adapter_state_dict().items()}
+
+
+def saved(folder, shard):
+    module = shard(model(**OPTIONS))
+    optimizer = optimizer_of(module.parameters())
+    train(module, optimizer, range(3))
+    state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+    dcp.save(state, checkpoint_id=f"{folder}/all")
+    dcp.save(adapters(module), checkpoint_id=f"{folder}/adapters")
+
+
+def loaded(folder, shard, what):
+    """A model that starts from other values, three steps after it was loaded."""
+    module = model(**OPTIONS)
+    with torch.no_grad():
+        for t in (*module.parameters(), *module.buffers()) if what == "all" else adapters(module).values():
+            t.add_(1)
+    shard(module)
+    optimizer = optimizer_of(module.parameters())
+    if what == "all":
+        state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+        dcp.load(state, checkpoint_id=f"{folder}/all")
+        set_model_state_dict(module, state["model"])
+        set_optimizer_state_dict(module, optimizer, state["optimizer"])
+        train(module, optimizer, range(3, 6))
+    else:
+        dcp.load(adapters(module), checkpoint_id=f"{folder}/adapters")
+    return {name: whole(t) for name, t in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("shard", [by_block, tensor_parallel])
+def test_saved_by_two_ranks_and_loaded_by_one_and_four(shard, tmp_path) -> None:
+    run_in(2, saved, str(tmp_path), shard)
+    expected = model(**OPTIONS)
+    optimizer = optimizer_of(expected.parameters())
+    train(expected, optimizer, range(3))
+    of_adapters = {name: t.clone() for name, t in expected.state_dict().items()}
+    train(expected, optimizer, range(3, 6))
+    for ranks, way in ((1, alone), (1, shard), (4, shard)):
+        for state in run_in(ranks, loaded, str(tmp_path), way, "all"):
+            torch.testing.assert_close(state, dict(expected.state_dict()))
+        for state in run_in(ranks, loaded, str(tmp_path), way, "adapters"):
+            torch.testing.assert_close(state, of_adapters)
+    assert not torch.equal(of_adapters["0.up.lora_A"], expected.state_dict()["0.up.lora_A"])
