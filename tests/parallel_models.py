@@ -9,24 +9,34 @@ import torch
 import torch.distributed as dist
 from layers import randomize
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import RoutedLoRALinear, freeze_base
+from clora_kernels.integrations.parallel import ColumnParallel, RowParallel
 
 D, H = 8, 12
 
 
 class Block(nn.Module):
-    """x + down(gelu(up(x))), both layers adapted."""
+    """x + down(gelu(up(x))), both layers adapted; ``recompute``: backward runs forward again."""
 
-    def __init__(self, dtype: torch.dtype, learn_scaling: bool = False, **options: Any) -> None:
+    def __init__(
+        self, dtype: torch.dtype, learn_scaling: bool = False, recompute: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.up = RoutedLoRALinear(D, H, 3, dtype=dtype, **{"scaling": 0.7, **options})
         self.down = RoutedLoRALinear(H, D, 3, dtype=dtype, **{"scaling": 1.3, **options})
         for layer in (self.up, self.down) if learn_scaling else ():
             layer.scaling = nn.Parameter(torch.tensor(layer.scaling, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._sum, x, use_reentrant=False) if self.recompute else self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
@@ -42,11 +52,10 @@ def model(dtype: torch.dtype = torch.float64, frozen: bool = True, **options: An
     return blocks
 
 
-def batch(rank: int, step: int, dtype: torch.dtype = torch.float64, ragged: bool = True) -> tuple[Tensor, Tensor]:
-    """x and the wanted y of a rank: sequences of another length on each."""
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    shape = (2, 3 + 2 * rank if ragged else 3, D)
-    return tuple(torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))  # type: ignore[return-value]
+def batch(rank: int, step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """x and the wanted y of a rank: sequences of another length on each. What the rank drops is settled too."""
+    torch.manual_seed(100 * step + rank)
+    return torch.randn(2, 3 + 2 * rank, D, dtype=dtype), torch.randn(2, 3 + 2 * rank, D, dtype=dtype)
 
 
 def loss_of(module: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
@@ -58,11 +67,23 @@ def local_loss(module: nn.Module, step: int) -> Tensor:
     return loss_of(module, *batch(dist.get_rank(), step))
 
 
+def mesh_of_all() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def by_block(module: nn.Sequential, **options: Any) -> nn.Sequential:
     """Sharded by FSDP2, as transformers are."""
     for block in module:
         fully_shard(block, **options)
     return fully_shard(module, **options)
+
+
+def tensor_parallel(
+    module: nn.Sequential, mesh: DeviceMesh | None = None, up: Any = ColumnParallel, down: Any = RowParallel
+) -> nn.Module:
+    """Cut by plans of tensor parallel; ``up`` and ``down`` make the styles."""
+    plan = {f"{i}.{name}": style() for i in range(len(module)) for name, style in (("up", up), ("down", down))}
+    return parallelize_module(module, mesh or mesh_of_all(), plan)
 
 
 def optimizer_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -77,13 +98,14 @@ def whole(t: Tensor | None) -> Tensor | None:
 
 
 def trained(module: nn.Module, step_loss: Callable[[nn.Module, int], Tensor], steps: int = 10) -> dict[str, Any]:
-    """The losses of ten steps, the gradients of the first and the parameters after the last."""
+    """The losses of ten steps, of which the mean is trained, the gradients of the first and the parameters after the
+    last."""
     optimizer = optimizer_of(module.parameters())
     losses, gradients = [], {}
     for step in range(steps):
         optimizer.zero_grad()
         loss = step_loss(module, step)
-        loss.backward()
+        loss.mean().backward()
         if step == 0:
             gradients = {name: whole(p.grad) for name, p in module.named_parameters() if p.requires_grad}
         optimizer.step()
@@ -95,10 +117,21 @@ def trained(module: nn.Module, step_loss: Callable[[nn.Module, int], Tensor], st
     }
 
 
-def trained_alone(module: nn.Module, ranks: int, dtype: torch.dtype = torch.float64, ragged: bool = True) -> dict:
-    """The same in one process: the mean of what the ranks lose."""
+def trained_alone(module: nn.Module, ranks: int) -> dict[str, Any]:
+    """The same in one process, on what the ranks lose together."""
 
-    def step_loss(module: nn.Module, step: int) -> Tensor:
-        return torch.stack([loss_of(module, *batch(r, step, dtype, ragged)) for r in range(ranks)]).mean()
+    def losses(module: nn.Module, step: int) -> Tensor:
+        return torch.stack([loss_of(module, *batch(rank, step)) for rank in range(ranks)])
 
-    return trained(module, step_loss)
+    return trained(module, losses)
+
+
+def assert_trained_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Losses of every rank, its gradients and parameters; and there was something to learn."""
+    losses = torch.stack(expected["losses"], 1)
+    for result, mine in zip(found, losses, strict=True):
+        torch.testing.assert_close(torch.stack(result["losses"]), mine)
+        for kind in ("gradients", "parameters"):
+            tensors = {name.removeprefix("module."): t for name, t in result[kind].items()}  # as DDP calls them
+            torch.testing.assert_close(tensors, expected[kind])
+    assert losses[:, -1].sum() < 0.9 * losses[:, 0].sum()

@@ -1,15 +1,33 @@
-"""Runs a function in several processes of one gloo group, each on one thread."""
+"""Runs functions in processes that stay: four workers start once, and each call makes some of them one gloo group.
+
+What takes seconds, starting Python and importing torch, happens once a session; a group takes milliseconds and is new
+for every call, so that nothing of one call is left for the next.
+"""
 
 from __future__ import annotations
 
+import atexit
+import io
 import multiprocessing
+import os
+import pickle
+import shutil
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 300
+MOST = 4
+TIMEOUT_S = 120.0
+"""Of a collective that waits for another rank; a function that takes longer is ended too."""
+GRACE_S = 3.0
+"""What is left to the other ranks once one has failed."""
 
 # Forked off one process that has imported what takes seconds to import, and has no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -21,52 +39,153 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
-        "clora_kernels",
     ]
 )
 
 
-def run_in(processes: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    log: Path
+
+
+class _Pool:
+    """Four processes, of which the first n are the ranks of a call; one that failed is done with."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="processes-"))
+        self.workers = [self._started(self.folder / f"log.{i}") for i in range(MOST)]
+        self.calls = 0
+        atexit.register(self.close)
+
+    def _started(self, log: Path) -> _Worker:
+        here, there = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_serve, args=(there, str(log)), daemon=True)
+        process.start()
+        there.close()  # else the end of a worker would not end the connection
+        return _Worker(process, here, log)
+
+    def run(self, processes: int, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        import torch
+
+        self.calls += 1
+        ranks = self.workers[:processes]
+        for rank, worker in enumerate(ranks):
+            group = (f"{self.folder}/store.{self.calls}", rank, processes, timeout_s)
+            worker.connection.send_bytes(pickle.dumps((group, function, args)))
+        said, failed = self._answers(ranks, timeout_s)
+        if failed:
+            self.close()
+            raise AssertionError("\n\n".join(failed))
+        return [torch.load(io.BytesIO(said[rank]), weights_only=False) for rank in range(processes)]
+
+    def _answers(self, ranks: list[_Worker], timeout_s: float) -> tuple[dict[int, bytes], list[str]]:
+        """What each rank returned, and what is to be said of those that did not, the first one first."""
+        silent = {worker.connection: rank for rank, worker in enumerate(ranks)}
+        said: dict[int, bytes] = {}
+        failed: list[str] = []
+        end = time.monotonic() + timeout_s + GRACE_S
+        while silent and (ready := wait(list(silent), max(0.0, end - time.monotonic()))):
+            for connection in ready:
+                rank = silent.pop(connection)
+                try:
+                    fine, answer = pickle.loads(connection.recv_bytes())
+                except (EOFError, OSError):
+                    ranks[rank].process.join()
+                    code = ranks[rank].process.exitcode
+                    fine, answer = False, f"ended with exit code {code}\n{ranks[rank].log.read_text()}".encode()
+                if fine:
+                    said[rank] = answer
+                    continue
+                if not failed:
+                    end = min(end, time.monotonic() + GRACE_S)
+                failed.append(f"rank {rank}: {answer.decode()}")
+        for rank in silent.values():
+            os.kill(ranks[rank].process.pid, signal.SIGUSR1)  # it writes down where it is
+        if silent:
+            time.sleep(0.5)
+        failed += [f"rank {rank}: did not end; it is in\n{ranks[rank].log.read_text()}" for rank in silent.values()]
+        return said, failed
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if _pools and _pools[0] is self:
+            _pools.clear()
+
+
+_pools: list[_Pool] = []
+
+
+def run_in(processes: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
     """What ``function(*args)``, which a module holds, returns on each rank; it must be something torch.save takes.
 
     Raises:
-        AssertionError: a rank that raised, with its traceback, or did not end.
+        AssertionError: a rank that raised, died or did not end, with where that was.
     """
-    with tempfile.TemporaryDirectory(prefix="processes-") as folder:
-        started = [_CONTEXT.Process(target=_run, args=(folder, r, processes, function, args)) for r in range(processes)]
-        for process in started:
-            process.start()
-        return _results(Path(folder), started)
+    if not _pools:
+        _pools.append(_Pool())
+    return _pools[0].run(processes, function, args, timeout_s)
 
 
-def _results(folder: Path, started: list[Any]) -> list[Any]:
+def _serve(connection: Connection, log: str) -> None:
+    """A worker: answers one call after the other until nobody listens."""
+    import faulthandler
+
     import torch
 
-    for process in started:
-        process.join(TIMEOUT_S)
-    late = [rank for rank, process in enumerate(started) if process.is_alive()]
-    for rank in late:
-        started[rank].kill()
-    said = [f"rank {path.suffix[1:]}:\n{path.read_text()}" for path in sorted(folder.glob("error.*"))]
-    assert not late and not said, f"ranks {late} did not end within {TIMEOUT_S} s\n" + "\n".join(said)
-    ended = [process.exitcode for process in started]
-    assert not any(ended), f"exit codes by rank: {ended}"
-    return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(len(started))]
+    said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(pickle.dumps(_answer(call)))
 
 
-def _run(folder: str, rank: int, processes: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _answer(call: bytes) -> tuple[bool, bytes]:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     try:
+        (store, rank, processes, timeout_s), function, args = pickle.loads(call)
+        torch.manual_seed(0)
         # A file, not a port: ports of runs that stand side by side collide.
-        store = dist.FileStore(f"{folder}/store", processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-        result = function(*args)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+        result = io.BytesIO()
+        torch.save(function(*args), result)
         dist.barrier()  # no rank closes its connections while another still reads from them
-        torch.save(result, f"{folder}/result.{rank}")
-        dist.destroy_process_group()
+        return True, result.getvalue()
     except BaseException:
-        Path(f"{folder}/error.{rank}").write_text(traceback.format_exc())
-        raise SystemExit(1) from None
+        return False, traceback.format_exc().encode()
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """The group, and what DTensor keeps of its meshes: equal ones of another group would be taken for them."""
+    import gc
+
+    import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+    clear_redistribute_planner_cache()
+    gc.collect()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parallel_models import D, by_block, loss_of, model, optimizer_of, whole
+from parallel_models import D, by_block, loss_of, model, optimizer_of, tensor_parallel, whole
 from processes import run_in
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -14,22 +13,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import parallelize_module
 
 from clora_kernels import RoutedLoRALinear
-from clora_kernels.integrations.parallel import ColumnParallel, RowParallel
 
 OPTIONS = {"frozen_routing": True}
 
 
 def alone(module):
     return module
-
-
-def tensor_parallel(module):
-    plan = {f"{i}.{name}": style() for i in "01" for name, style in (("up", ColumnParallel), ("down", RowParallel))}
-    return parallelize_module(module, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
 
 
 def train(module, optimizer, steps):

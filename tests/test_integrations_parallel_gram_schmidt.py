@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_in
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 
-from clora_kernels import gram_schmidt
-from clora_kernels.integrations.parallel import gram_schmidt_sharded
+from clora_kernels import RoutedLoRALinear, gram_schmidt
+from clora_kernels.integrations.parallel import RowParallel, gram_schmidt_sharded
 from clora_kernels.testing import assert_orthonormal
 from clora_kernels.testing.zoo import hard_matrices
 
@@ -123,6 +128,52 @@ def test_gradients(way, ranks) -> None:
         torch.testing.assert_close(torch.cat([gradients[i] for gradients in found], -2), gradient)
 
 
+def counted(d, k):
+    """Numbers that a call and its backward send, by the function that sends them."""
+    sent, all_reduce = [], dist.all_reduce
+
+    def counting(t, *args, **kwargs):
+        sent.append(t.numel())
+        return all_reduce(t, *args, **kwargs)
+
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    V = torch.randn(2, d, 5, generator=generator, requires_grad=True)
+    start = torch.linalg.qr(torch.randn(2, d * dist.get_world_size(), k, generator=torch.Generator().manual_seed(9))).Q
+    P = start.chunk(dist.get_world_size(), 1)[dist.get_rank()].requires_grad_() if k else None
+    others = {name: None for name in ("all_gather", "all_gather_into_tensor", "broadcast", "send", "reduce_scatter")}
+    with mock.patch.multiple(dist, all_reduce=counting, **others):
+        gram_schmidt_sharded(V, P).Q.sum().backward()
+    return sum(sent)
+
+
+def traffic():
+    return [[counted(d, k) for d in (40, 400)] for k in (0, 3)]
+
+
+def test_gram_matrices_are_sent_and_no_factor() -> None:
+    """VᵀV forward and QᵀdQ backward, beside a basis PᵀV in both and PᵀdQ, however long the columns are."""
+    for found in run_in(2, traffic):
+        assert found == [[2 * 2 * 5 * 5] * 2, [2 * (2 * 5 * 5 + 3 * 3 * 5)] * 2]
+
+
+def of_a_layer():
+    """lora_A of a row-parallel layer, as its docstring says."""
+    mesh, layer = init_device_mesh("cpu", (dist.get_world_size(),)), row_parallel_layer()
+    parallelize_module(layer, mesh, RowParallel())
+    return gram_schmidt_sharded(layer.lora_A.to_local().mT, group=mesh.get_group()).Q
+
+
+def row_parallel_layer():
+    torch.manual_seed(0)
+    return RoutedLoRALinear(12, 5, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_factor_of_a_row_parallel_layer(ranks) -> None:
+    expected = gram_schmidt(row_parallel_layer().lora_A.mT).Q
+    torch.testing.assert_close(torch.cat(run_in(ranks, of_a_layer)), expected)
+
+
 def refusals():
     V = torch.randn(3, 4)
     with pytest.raises(ValueError, match=r"V_local: got shape \(4,\)"):
@@ -131,6 +182,15 @@ def refusals():
         gram_schmidt_sharded(V, V[:2])
     with pytest.raises(ValueError, match="rank_tol: got 2"):
         gram_schmidt_sharded(V, rank_tol=2)
+    parted = DTensor.from_local(V, init_device_mesh("cpu", (2,)), [Shard(0)])
+    with pytest.raises(TypeError, match=r"V_local: got a DTensor, expected the rows of this rank: V_local\.to_local"):
+        gram_schmidt_sharded(parted)
+    with pytest.raises(TypeError, match="against_local: got a DTensor"):
+        gram_schmidt_sharded(torch.randn(6, 4), parted)
+    first = dist.new_group([0])
+    if dist.get_rank():
+        with pytest.raises(ValueError, match="group: got one without this rank"):
+            gram_schmidt_sharded(V, group=first)
     empty = gram_schmidt_sharded(V[:, :0])
     assert empty.Q.shape == (3, 0) and empty.R.shape == (0, 0) and empty.rank == 0
     assert gram_schmidt_sharded(V[:0]).rank == 0, "no rank has a row"

@@ -7,38 +7,58 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_models import Block, batch, by_block, local_loss, loss_of, model, whole
+from parallel_models import Block, D, H, batch, by_block, local_loss, loss_of, model, whole
+from peft import LoraConfig, get_peft_model
 from processes import run_in
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from clora_kernels import merge_all, to_lora
+from clora_kernels import extract, merge_all, to_lora, unmerge_all
+from clora_kernels.integrations.peft import accelerate
 
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+MODELS = {
+    "fp32": lambda: model(torch.float32),
+    "bf16 base": lambda: model(torch.bfloat16),
+    "accelerated": lambda: accelerated(),
+}
 
 
-def mixed_gradients(dtype):
-    module = by_block(model(dtype), mp_policy=MIXED)
+def accelerated():
+    """Two linear layers with LoRA adapters of PEFT."""
+    torch.manual_seed(0)
+    pair = nn.Sequential(nn.Linear(D, H), nn.Linear(H, D))
+    module = get_peft_model(pair, LoraConfig(r=3, target_modules=["0", "1"], init_lora_weights=False))
+    accelerate(module)
+    return module
+
+
+def mixed_gradients(name):
+    module = MODELS[name]()
+    blocks = module.base_model.model if name == "accelerated" else module
+    by_block(blocks, mp_policy=MIXED)
     loss = loss_of(module, *batch(dist.get_rank(), 0, torch.bfloat16))
     loss.backward()
     return loss.detach(), {name: whole(p.grad) for name, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 base"])
-def test_mixed_precision_is_one_process_with_16_bit_parameters(dtype) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision_is_one_process_with_16_bit_parameters(name, ranks) -> None:
     """All parameters count as bf16, gradients are bf16 and averaged in fp32: bit for bit."""
-    module, of_ranks = model(dtype), []
-    for rank, (loss, _) in enumerate(found := run_in(2, mixed_gradients, dtype)):
+    module, of_ranks = MODELS[name](), []
+    for rank, (loss, _) in enumerate(found := run_in(ranks, mixed_gradients, name)):
         half = copy.deepcopy(module).bfloat16()
         expected = loss_of(half, *batch(rank, 0, torch.bfloat16))
         expected.backward()
         assert torch.equal(loss, expected.detach())
-        of_ranks.append({name: p.grad.float() for name, p in half.named_parameters() if p.requires_grad})
+        of_ranks.append({name: p.grad.double() for name, p in half.named_parameters() if p.requires_grad})
     for _, gradients in found:
         assert gradients.keys() == of_ranks[0].keys()
         for name, gradient in gradients.items():
             assert gradient.dtype == torch.float32
-            assert torch.equal(gradient, (of_ranks[0][name] + of_ranks[1][name]) / 2), name
+            assert torch.equal(gradient, (sum(grads[name] for grads in of_ranks) / ranks).float()), name
 
 
 def refusals():
@@ -125,3 +145,22 @@ def test_sharded_before_it_has_memory() -> None:
         block.load_state_dict(state)
         torch.testing.assert_close(y, block(batch(rank, 0)[0]))
         assert torch.equal(block.up.routing, torch.eye(3).double()) and not block.up.lora_B.any()
+
+
+def merged_before():
+    module = model(frozen_routing=True).eval()
+    x, original = batch(0, 0)[0], module[0].up.weight.detach().clone()
+    expected = module(x)
+    merge_all(module)
+    by_block(module)
+    for refused in (module[0].up.unmerge, lambda: unmerge_all(module), lambda: extract(module), module[0].up.merge):
+        with pytest.raises(ValueError, match="weight: got one that is sharded over ranks, expected a whole one"):
+            refused()
+    return module(x), expected, module[0].up.merged, module.state_dict()["0.up.weight"], original
+
+
+def test_merged_before_it_is_sharded() -> None:
+    """It computes on; the original weight, which state dicts hold, does not come back into a part of a weight."""
+    for y, expected, merged, saved, original in run_in(2, merged_before):
+        torch.testing.assert_close(y, expected)
+        assert merged and torch.equal(saved, original)

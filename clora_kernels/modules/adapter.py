@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.routed_lora.arguments import DTYPES
+from .sharded import is_sharded, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,21 +45,6 @@ def why_not_replaceable(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward is patched, which its replacement would not be"
     return None
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor, of which each rank may hold a part."""
-    return hasattr(t, "device_mesh")
-
-
-def write(into: Any, value: Tensor) -> None:
-    """Copy all of ``value`` into a tensor of the same shape; of a sharded one each rank takes its part."""
-    if is_sharded(into) and not is_sharded(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        # src_data_rank=None: every rank has the whole and cuts its own part, where the default would wait for rank 0.
-        value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
-    into.copy_(value)
 
 
 class AdapterLinear(nn.Linear):
@@ -122,7 +108,10 @@ class AdapterLinear(nn.Linear):
         """Raise ValueError where there is no single merged weight to write."""
         if "weight" not in self._parameters:
             raise ValueError("weight: got a parametrized one, expected a plain Parameter, which a merge can overwrite")
-        for name, t in {"weight": self.weight, **self._adapter_tensors()}.items():
+        self._check_whole({"weight": self.weight, **self._adapter_tensors()})
+
+    def _check_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, t in tensors.items():
             if is_sharded(t):
                 raise ValueError(
                     f"{name}: got one that is sharded over ranks, expected a whole one; do it before sharding, or in a "
@@ -145,7 +134,8 @@ class AdapterLinear(nn.Linear):
                 be had back; these two overwrite the weight's memory, also for whatever is tied to it).
 
         Raises:
-            ValueError: an unknown backup; an adapter that has no single merged weight; a parametrized weight.
+            ValueError: an unknown backup; an adapter that has no single merged weight; a weight that is parametrized or
+                sharded over ranks.
             RuntimeError: merged before with backup=None.
         """
         if backup not in ("device", "cpu", None):
@@ -170,9 +160,11 @@ class AdapterLinear(nn.Linear):
 
         Raises:
             RuntimeError: merged with backup=None.
+            ValueError: sharded over ranks since it was merged.
         """
         if not self._merged:
             return
+        self.check_restorable()
         original = self._original()
         if isinstance(original, nn.Parameter):
             self.weight = original.requires_grad_(self.weight.requires_grad)
@@ -204,16 +196,18 @@ class AdapterLinear(nn.Linear):
         object.__setattr__(self, "_unmerged", original)
 
     def check_restorable(self) -> None:
-        """Raise RuntimeError where the layer was merged with backup=None, so that the original weight is gone."""
-        if self._merged and self._unmerged is None:
+        """Raise where the original weight cannot be put back into a merged layer: RuntimeError after backup=None, so
+        that it is gone; ValueError where the layer was sharded over ranks since then."""
+        if self._merged:
+            self._original()
+            self._check_whole({"weight": self.weight})
+
+    def _original(self) -> Tensor:
+        if self._unmerged is None:
             raise RuntimeError(
                 "layer was merged with backup=None: the original weight is gone; fold() makes that permanent, "
                 "merge(backup='cpu') would have kept it"
             )
-
-    def _original(self) -> Tensor:
-        self.check_restorable()
-        assert self._unmerged is not None
         return self._unmerged
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:

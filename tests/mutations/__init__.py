@@ -20,6 +20,7 @@ from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .launch import LAUNCH
 from .mutant import Mutant
+from .parallel import PARALLEL
 from .rank1_experts import EXPERTS
 from .rank1_experts_calls import CALLS as EXPERT_CALLS
 from .rank1_experts_cuda import CUDA as EXPERTS_CUDA
@@ -97,4 +98,5 @@ MUTANTS: list[Mutant] = [
     *RUN_DIRECTORY,
     *DIGITS,
     *EXAMPLES,
+    *PARALLEL,
 ]

@@ -6,7 +6,7 @@ PARALLEL = [
     *mutants_of(
         "clora_kernels/integrations/parallel/tensor.py",
         "parallel",
-        ("tests/test_integrations_parallel_tensor.py",),
+        ("tests/test_integrations_parallel_tensor*.py",),
         [
             (
                 "parts-unsummed",
@@ -56,6 +56,12 @@ PARALLEL = [
                 "if features % ranks:",
                 "if features < ranks:",
             ),
+            (
+                "x-of-another-size",
+                "x that does not come as the plan says is not refused here",
+                "if x.shape[-1] != expected:",
+                "if not x.shape[-1]:",
+            ),
         ],
     ),
     *mutants_of(
@@ -87,6 +93,12 @@ PARALLEL = [
                 "dist.all_reduce(t, operation, self.group)",
                 "dist.all_reduce(t, operation)",
             ),
+            (
+                "outside-the-group",
+                "a rank that the group leaves out gets what its own rows give",
+                "if dist.get_rank(group) < 0:",
+                "if dist.get_rank(group) < -1:",
+            ),
         ],
     ),
     *mutants_of(
@@ -101,10 +113,55 @@ PARALLEL = [
                 "            if t.is_meta:\n",
             ),
             (
+                "unmerge-passes",
+                "a whole weight takes the place of one that was sharded since the merge",
+                '            self._check_whole({"weight": self.weight})\n',
+                "            pass\n",
+            ),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/modules/sharded.py",
+        "sharded",
+        ("tests/test_integrations_parallel_sharded.py",),
+        [
+            (
                 "whole-into-part",
                 "a whole tensor is copied into a sharded one as it is",
                 "if is_sharded(into) and not is_sharded(value):",
                 "if into.is_meta:",
+            ),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/integrations/peft/routed_lora/model.py",
+        "sharded",
+        ("tests/test_integrations_parallel_peft.py",),
+        [
+            (
+                "hand-over-of-a-part",
+                "a rank adds the part of R that it has to R_old",
+                "R_old += gathered(R)",
+                "R_old += R",
+            ),
+        ],
+    ),
+    *mutants_of(
+        "clora_kernels/integrations/peft/layers.py",
+        "sharded",
+        ("tests/test_integrations_parallel_peft.py",),
+        [
+            (
+                "base-read-while-sharded",
+                "the weight of a base layer that was sharded by itself is read without calling it",
+                "if adapters and not args and not kwargs and why_not_fused(base) is None:",
+                "if adapters and not args and not kwargs and isinstance(base, nn.Linear):",
+            ),
+            (
+                "report-before-gathering",
+                "the report says that a sharded layer is left alone",
+                "is_plain(weight) or (gathered and is_sharded(weight))",
+                "is_plain(weight)",
             ),
         ],
     ),

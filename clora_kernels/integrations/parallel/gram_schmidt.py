@@ -20,6 +20,7 @@ from ...autograd.gram_schmidt.arguments import check_basis, check_matrix, check_
 from ...kernels.gram_schmidt import algebra, aten
 from ...kernels.gram_schmidt.algebra import Columns, Outputs
 from ...library import FirstOrderBackward, without_autocast
+from ...modules.sharded import is_sharded
 from ...reference.gram_schmidt import GramSchmidtResult, empty_result, tolerance
 
 
@@ -111,14 +112,20 @@ def gram_schmidt_sharded(
         on each rank adds up, a loss of R is the same on all ranks and counts once.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected, on this rank alone.
+        ValueError, TypeError: naming the argument, what came and what was expected, on this rank alone; a DTensor, a
+            group that this rank is not in.
         RuntimeError: without a process group; when differentiated twice.
     """
     check_matrix("V_local", V_local)
     check_basis("against_local", against_local, V_local, "V_local", rows="some")
     check_rank_tol(rank_tol, V_local.dtype)
+    if is_sharded(V_local) or is_sharded(against_local):
+        name = "V_local" if is_sharded(V_local) else "against_local"
+        raise TypeError(f"{name}: got a DTensor, expected the rows of this rank: {name}.to_local()")
     if not dist.is_initialized():
         raise RuntimeError("group: got no process group, expected torch.distributed.init_process_group() before")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: got one without this rank, expected one of the ranks that call")
     (d, r), lead = V_local.shape[-2:], V_local.shape[:-2]
     if lead.numel() * r == 0:
         return empty_result(V_local)

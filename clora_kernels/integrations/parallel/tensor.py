@@ -5,7 +5,8 @@ With the columns of W and B, or the rows of W and A, in n parts (W = weightᵀ; 
     column:  y_i = x·W_i + b_i + ((drop(x)·A) ⊙ gate)·C_i        y = [y_1 … y_n]
     row:     y = Σ_i x_i·W_i + b (i = 1) + ((drop(x_i)·A_i) ⊙ gate)·C
 
-each y_i is one call of :func:`clora_kernels.routed_lora_linear` on the rank's own parts, one sum that is rounded once.
+each y_i is one call of :func:`clora_kernels.routed_lora_linear` on the rank's own parts, one sum that is rounded once:
+in 16 bit before parts of several ranks are added, as those of torch's plain layers are.
 Whatever every rank has whole (column: x, A; row: B; both: R, gate, s) gets a part of its gradient on each and the sum
 of them in backward; the bias of a row-parallel layer counts on the first rank alone. All communication is DTensor's:
 forward of a row-parallel layer sums y, backward of a column-parallel one dx, as of plain layers, and each adapter
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ...autograd.routed_lora import routed_lora_linear
-from ...autograd.routed_lora.arguments import draw_seed
+from ...autograd.routed_lora.arguments import check_x, draw_seed
 from ...modules.routed_lora import RoutedLoRALinear
 
 # Far apart for ranks whose generators are in step; odd, so that none of 2⁶⁴ of them coincide.
@@ -86,10 +87,16 @@ class ParallelLayer(RoutedLoRALinear):
 
     def _entering(self, x: Tensor) -> Tensor:
         """The rank's own part of x, or all of it, with the gradient that belongs to that."""
+        check_x(x)
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [self.layouts[0]], run_check=False)
         x = x.redistribute(placements=[self.INSIDE[0]])
-        return x.to_local(grad_placements=[Partial()] if self.INSIDE[0].is_replicate() else None)
+        x = x.to_local(grad_placements=[Partial()] if self.INSIDE[0].is_replicate() else None)
+        expected = self.in_features if self.INSIDE[0].is_replicate() else self.in_features // self.mesh.size()
+        if x.shape[-1] != expected:
+            came = f"{x.shape[-1]} features on this rank for input_layouts={self.layouts[0]}"
+            raise ValueError(f"x: got {came}, expected {expected} of {self.in_features}")
+        return x
 
     def _whole(self, t: Tensor | None) -> Tensor | None:
         """All of a tensor, of whose gradient each rank finds a part."""
@@ -199,7 +206,7 @@ class ColumnParallel(_Style):
     is agreed upon in forward, eight bytes; a ``dropout_seed`` that is given is the same on each rank.
 
     Args:
-        input_layouts: how x comes, ``Replicate()`` if None; ``Shard(1)`` for x in parts along the sequence.
+        input_layouts: how x comes, ``Replicate()`` if None; ``Shard(1)`` for x in equal parts along the sequence.
         output_layouts: how y is to be, ``Shard(-1)`` if None.
         use_local_output: y as the rank's own tensor, not as a DTensor.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...modules.adapter import is_sharded
+from ...modules.sharded import is_sharded
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...autograd.routed_lora import routed_lora_delta, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES
 from ...library import PLAIN_TYPES
-from ...modules.adapter import is_sharded, why_not_replaceable
+from ...modules.adapter import why_not_replaceable
+from ...modules.sharded import is_sharded
 
 _Base: Any = Linear if TYPE_CHECKING else object
 

@@ -16,7 +16,8 @@ from ...dispatch.choice import check_backend
 from ...dispatch.routed_lora import choose
 from ...kernels.routed_lora.algebra import Projection
 from ...reference.routed_lora import accumulation_dtype
-from ..adapter import AdapterLinear, default_adapter_dtype, write
+from ..adapter import AdapterLinear, default_adapter_dtype
+from ..sharded import write
 
 
 class RoutedLoRALinear(AdapterLinear):
