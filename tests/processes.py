@@ -39,6 +39,10 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
+        "torch.distributed.tensor.debug",
+        "clora_kernels.integrations.parallel",
+        "clora_kernels.integrations.peft",
+        "clora_kernels.testing",
     ]
 )
 

@@ -63,6 +63,22 @@ def test_accelerated_layers_are_gathered_before_their_weights_are_read(what, ran
         assert fused == (what != "base_layer")
 
 
+def base_alone():
+    module = peft_pair()
+    report = accelerate(module)
+    fully_shard(module, ignored_params={p for p in module.parameters() if p.requires_grad})
+    before = {**report.accelerated}
+    return module(batch(0, 0)[0]).detach(), before, {**report.fell_back}
+
+
+def test_what_is_sharded_of_a_base_is_told() -> None:
+    """Adapters are whole on each rank."""
+    for y, how, fell_back in run_in(2, base_alone):
+        torch.testing.assert_close(y, peft_pair()(batch(0, 0)[0]))
+        assert len(how) == 2 and all("its sharded weights are gathered" in now for now in how.values())
+        assert not fell_back
+
+
 def two_tasks(wrap):
     """The losses of the tasks, what x gives at the end of the first and right after it, and the model at the end."""
     module = peft_pair(RoutedLoraConfig)

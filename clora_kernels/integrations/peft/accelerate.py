@@ -124,7 +124,8 @@ def _state(layer: Any) -> tuple[str | None, str]:
         return None, f"the base layer alone while its adapters {off}"
     if (left := layer.why_left(parts, gathered=True)) is not None:
         return left, ""
-    if any(is_sharded(linear.weight) for A, B, _ in parts.values() for linear in (A, B)):
+    modules = [layer.base_layer, *(linear for A, B, _ in parts.values() for linear in (A, B))]
+    if any(is_sharded(p) for module in modules for p in module.parameters()):
         return None, "in calls for which its sharded weights are gathered (fell_back tells of others)"
     if (apart := why_not_fused(layer.base_layer)) is not None:
         return None, f"on the output of its base layer ({apart})"
