@@ -41,7 +41,8 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.tensor.parallel",
         "torch.distributed.tensor.debug",
         "clora_kernels.integrations.parallel",
-        "clora_kernels.integrations.peft",
+        "clora_kernels.integrations.peft.layers",
+        "clora_kernels.integrations.peft.routed_lora",
         "clora_kernels.testing",
     ]
 )
@@ -140,9 +141,11 @@ def run_in(processes: int, function: Callable[..., Any], *args: Any, timeout_s: 
 def _serve(connection: Connection, log: str) -> None:
     """A worker: answers one call after the other until nobody listens."""
     import faulthandler
+    import gc
 
     import torch
 
+    gc.freeze()  # of what is imported nothing goes: to look through it would take longer than a call
     said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)

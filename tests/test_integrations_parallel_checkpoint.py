@@ -46,23 +46,27 @@ def saved(folder, shard):
     dcp.save(adapters(module), checkpoint_id=f"{folder}/adapters")
 
 
-def loaded(folder, shard, what):
-    """A model that starts from other values, three steps after it was loaded."""
+def loaded(folder, shard):
+    """Two models that start from other values: into one the adapters are loaded, into the other all of it, and it goes
+    on for three steps."""
+    adapted = model(**OPTIONS)
+    with torch.no_grad():
+        for t in adapters(adapted).values():
+            t.add_(1)
+    shard(adapted)
+    dcp.load(adapters(adapted), checkpoint_id=f"{folder}/adapters")
     module = model(**OPTIONS)
     with torch.no_grad():
-        for t in (*module.parameters(), *module.buffers()) if what == "all" else adapters(module).values():
+        for t in (*module.parameters(), *module.buffers()):
             t.add_(1)
     shard(module)
     optimizer = optimizer_of(module.parameters())
-    if what == "all":
-        state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
-        dcp.load(state, checkpoint_id=f"{folder}/all")
-        set_model_state_dict(module, state["model"])
-        set_optimizer_state_dict(module, optimizer, state["optimizer"])
-        train(module, optimizer, range(3, 6))
-    else:
-        dcp.load(adapters(module), checkpoint_id=f"{folder}/adapters")
-    return {name: whole(t) for name, t in module.state_dict().items()}
+    state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+    dcp.load(state, checkpoint_id=f"{folder}/all")
+    set_model_state_dict(module, state["model"])
+    set_optimizer_state_dict(module, optimizer, state["optimizer"])
+    train(module, optimizer, range(3, 6))
+    return tuple({name: whole(t) for name, t in made.state_dict().items()} for made in (adapted, module))
 
 
 @pytest.mark.parametrize("shard", [by_block, tensor_parallel])
@@ -74,8 +78,7 @@ def test_saved_by_two_ranks_and_loaded_by_one_and_four(shard, tmp_path) -> None:
     of_adapters = {name: t.clone() for name, t in expected.state_dict().items()}
     train(expected, optimizer, range(3, 6))
     for ranks, way in ((1, alone), (1, shard), (4, shard)):
-        for state in run_in(ranks, loaded, str(tmp_path), way, "all"):
-            torch.testing.assert_close(state, dict(expected.state_dict()))
-        for state in run_in(ranks, loaded, str(tmp_path), way, "adapters"):
-            torch.testing.assert_close(state, of_adapters)
+        for with_adapters, with_all in run_in(ranks, loaded, str(tmp_path), way):
+            torch.testing.assert_close(with_adapters, of_adapters)
+            torch.testing.assert_close(with_all, dict(expected.state_dict()))
     assert not torch.equal(of_adapters["0.up.lora_A"], expected.state_dict()["0.up.lora_A"])

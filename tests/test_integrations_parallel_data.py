@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 from parallel_models import assert_trained_alike, by_block, local_loss, model, trained, trained_alone
 from processes import run_in
@@ -12,9 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 OPTIONS = {
     "plain": {"routing": False},
-    "two routings, and all of it learns": {"frozen_routing": True, "frozen": False},
-    "dropout that backward draws again": {"dropout_p": 0.3, "recompute": True},
-    "a scaling that learns": {"learn_scaling": True},
+    "all of it learns, with dropout that backward draws again": {
+        "frozen_routing": True,
+        "frozen": False,
+        "dropout_p": 0.3,
+        "recompute": True,
+    },
 }
 
 
@@ -35,18 +36,13 @@ def kept_whole(module):
     return by_block(module, ignored_params=ignored)
 
 
-def ways(wrap):
-    """Of a 0-dim parameter FSDP2 takes none."""
-    return [way for way in OPTIONS if wrap is ddp or way != "a scaling that learns"]
+def made(way, wrap):
+    """Of a 0-dim parameter, as a scaling that learns is, FSDP2 takes none."""
+    return model(**OPTIONS[way], learn_scaling=wrap is ddp)
 
 
 def train_in_every_way(wrap):
-    return {way: trained(wrap(model(**OPTIONS[way])), local_loss) for way in ways(wrap)}
-
-
-@functools.cache
-def alone(way, ranks):
-    return trained_alone(model(**OPTIONS[way]), ranks)
+    return {way: trained(wrap(made(way, wrap)), local_loss) for way in OPTIONS}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -54,5 +50,5 @@ def alone(way, ranks):
 def test_as_in_one_process(wrap, ranks) -> None:
     """Outputs through their losses, gradients and ten steps of the optimizer; each rank has another sequence length."""
     found = run_in(ranks, train_in_every_way, wrap)
-    for way in ways(wrap):
-        assert_trained_alike([result[way] for result in found], alone(way, ranks))
+    for way in OPTIONS:
+        assert_trained_alike([result[way] for result in found], trained_alone(made(way, wrap), ranks))

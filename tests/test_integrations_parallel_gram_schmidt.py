@@ -44,8 +44,7 @@ def joined(results):
 PROBLEMS = [
     (dtype, r, k, lead)
     for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    for r, k in ((5, 0), (1, 0), (24, 7), (20, 30))
-    for lead in ((), (2, 3))
+    for r, k, lead in ((1, 0, ()), (5, 0, (2, 3)), (24, 7, (2, 3)), (20, 30, ()))
 ]
 
 

@@ -25,11 +25,8 @@ from torch.distributed.tensor import Shard
 from clora_kernels.integrations.parallel import ColumnParallel, RowParallel
 
 OPTIONS = {
-    "frozen": {},
-    "all of it learns": {"frozen": False},
-    "two routings": {"frozen_routing": True},
-    "plain without bias": {"routing": False, "bias": False, "frozen": False},
-    "scaling learns": {"learn_scaling": True},
+    "plain without bias": {"routing": False, "bias": False},
+    "two routings, and all of it learns": {"frozen_routing": True, "frozen": False, "learn_scaling": True},
 }
 
 

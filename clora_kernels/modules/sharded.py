@@ -7,15 +7,14 @@ from typing import Any
 from torch import Tensor
 
 
-def is_sharded(t: Tensor) -> bool:
+def is_sharded(t: Any) -> bool:
     """Whether ``t`` is a DTensor, of which each rank may hold a part."""
     return hasattr(t, "device_mesh")
 
 
-def gathered(t: Tensor) -> Tensor:
+def gathered(t: Any) -> Tensor:
     """All of a tensor, of which each rank may hold a part: whoever asks, all ranks have to."""
-    whole: Tensor = t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
-    return whole
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def write(into: Any, value: Tensor) -> None:
