@@ -6,7 +6,6 @@ for every call, so that nothing of one call is left for the next.
 
 from __future__ import annotations
 
-import atexit
 import io
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from typing import Any
 MOST = 4
 TIMEOUT_S = 120.0
 """Of a collective that waits for another rank; a function that takes longer is ended too."""
-GRACE_S = 3.0
+GRACE_S = 2.0
 """What is left to the other ranks once one has failed."""
 
 # Forked off one process that has imported what takes seconds to import, and has no threads yet.
@@ -62,7 +61,6 @@ class _Pool:
         self.folder = Path(tempfile.mkdtemp(prefix="processes-"))
         self.workers = [self._started(self.folder / f"log.{i}") for i in range(MOST)]
         self.calls = 0
-        atexit.register(self.close)
 
     def _started(self, log: Path) -> _Worker:
         here, there = _CONTEXT.Pipe()
@@ -76,13 +74,16 @@ class _Pool:
 
         self.calls += 1
         ranks = self.workers[:processes]
-        for rank, worker in enumerate(ranks):
-            group = (f"{self.folder}/store.{self.calls}", rank, processes, timeout_s)
-            worker.connection.send_bytes(pickle.dumps((group, function, args)))
-        said, failed = self._answers(ranks, timeout_s)
-        if failed:
-            self.close()
-            raise AssertionError("\n\n".join(failed))
+        store = f"{self.folder}/store.{self.calls}"
+        calls = [pickle.dumps(((store, rank, processes, timeout_s), function, args)) for rank in range(processes)]
+        try:
+            for worker, call in zip(ranks, calls, strict=True):
+                worker.connection.send_bytes(call)
+            said, failed = self._answers(ranks, timeout_s)
+            assert not failed, "\n\n".join(failed)
+        except BaseException:
+            end_workers()  # whatever one of them still does or says, the next call must not hear of it
+            raise
         return [torch.load(io.BytesIO(said[rank]), weights_only=False) for rank in range(processes)]
 
     def _answers(self, ranks: list[_Worker], timeout_s: float) -> tuple[dict[int, bytes], list[str]]:
@@ -114,14 +115,11 @@ class _Pool:
         return said, failed
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         for worker in self.workers:
             worker.process.kill()
             worker.process.join()
             worker.connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if _pools and _pools[0] is self:
-            _pools.clear()
 
 
 _pools: list[_Pool] = []
@@ -136,6 +134,12 @@ def run_in(processes: int, function: Callable[..., Any], *args: Any, timeout_s: 
     if not _pools:
         _pools.append(_Pool())
     return _pools[0].run(processes, function, args, timeout_s)
+
+
+def end_workers() -> None:
+    """What the session of tests does at its end; a call after it starts others."""
+    while _pools:
+        _pools.pop().close()
 
 
 def _serve(connection: Connection, log: str) -> None:
