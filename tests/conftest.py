@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import end_workers
 from short_digits import examples, shorts, streams  # noqa: F401
 
 from clora_kernels import extension
@@ -29,6 +30,10 @@ settings.register_profile(
     "search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 settings.load_profile("repeatable")
+
+
+def pytest_sessionfinish() -> None:
+    end_workers()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,7 +38,7 @@ SHARED = {  # files that serve several operations, or tests, beside the ones tha
     "kernels": {"dropout_mask", "cpu_matmul", "views", "declared", "aot", "ttgir", "launch"},
     "dispatch": {"choice", "indices"},
     "autograd": {"dropout_mask"},
-    "modules": {"adapter", "inject"},
+    "modules": {"adapter", "inject", "sharded"},
 }
 TOP_LEVEL = {
     ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",

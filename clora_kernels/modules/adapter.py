@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.routed_lora.arguments import DTYPES
+from .sharded import is_sharded, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,6 +108,15 @@ class AdapterLinear(nn.Linear):
         """Raise ValueError where there is no single merged weight to write."""
         if "weight" not in self._parameters:
             raise ValueError("weight: got a parametrized one, expected a plain Parameter, which a merge can overwrite")
+        self._check_whole({"weight": self.weight, **self._adapter_tensors()})
+
+    def _check_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, t in tensors.items():
+            if is_sharded(t):
+                raise ValueError(
+                    f"{name}: got one that is sharded over ranks, expected a whole one; do it before sharding, or in a "
+                    "model that loads the full state dict"
+                )
 
     @property
     def merged(self) -> bool:
@@ -124,7 +134,8 @@ class AdapterLinear(nn.Linear):
                 be had back; these two overwrite the weight's memory, also for whatever is tied to it).
 
         Raises:
-            ValueError: an unknown backup; an adapter that has no single merged weight; a parametrized weight.
+            ValueError: an unknown backup; an adapter that has no single merged weight; a weight that is parametrized or
+                sharded over ranks.
             RuntimeError: merged before with backup=None.
         """
         if backup not in ("device", "cpu", None):
@@ -149,9 +160,11 @@ class AdapterLinear(nn.Linear):
 
         Raises:
             RuntimeError: merged with backup=None.
+            ValueError: sharded over ranks since it was merged.
         """
         if not self._merged:
             return
+        self.check_restorable()
         original = self._original()
         if isinstance(original, nn.Parameter):
             self.weight = original.requires_grad_(self.weight.requires_grad)
@@ -183,16 +196,18 @@ class AdapterLinear(nn.Linear):
         object.__setattr__(self, "_unmerged", original)
 
     def check_restorable(self) -> None:
-        """Raise RuntimeError where the layer was merged with backup=None, so that the original weight is gone."""
-        if self._merged and self._unmerged is None:
+        """Raise where the original weight cannot be put back into a merged layer: RuntimeError after backup=None, so
+        that it is gone; ValueError where the layer was sharded over ranks since then."""
+        if self._merged:
+            self._original()
+            self._check_whole({"weight": self.weight})
+
+    def _original(self) -> Tensor:
+        if self._unmerged is None:
             raise RuntimeError(
                 "layer was merged with backup=None: the original weight is gone; fold() makes that permanent, "
                 "merge(backup='cpu') would have kept it"
             )
-
-    def _original(self) -> Tensor:
-        self.check_restorable()
-        assert self._unmerged is not None
         return self._unmerged
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
@@ -225,7 +240,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy an adapter in, strictly; nothing is written unless everything fits.
+        """Copy an adapter in, strictly; nothing is written unless everything fits. Where the layer is sharded over
+        ranks each of them brings the whole adapter, or a DTensor of the layer's mesh.
 
         Raises:
             ValueError: missing or unexpected names, or a shape that differs; says which.
@@ -233,7 +249,7 @@ class AdapterLinear(nn.Linear):
         """
         self.check_adapter_state_dict(state_dict)
         for name, tensor in self.adapter_state_dict().items():
-            tensor.copy_(state_dict[name])
+            write(tensor, state_dict[name])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -20,6 +20,7 @@ from .inject import INJECT
 from .integrations import INTEGRATIONS
 from .launch import LAUNCH
 from .mutant import Mutant
+from .parallel import PARALLEL
 from .peft_accelerate import ACCELERATE
 from .peft_method import PEFT_METHOD
 from .rank1_experts import EXPERTS
@@ -101,4 +102,5 @@ MUTANTS: list[Mutant] = [
     *RUN_DIRECTORY,
     *DIGITS,
     *EXAMPLES,
+    *PARALLEL,
 ]

@@ -151,8 +151,8 @@ PEFT_METHOD = [
             (
                 "earlier-tasks-forgotten",
                 "R_old is R, not what it was and R",
-                "R_old += R",
-                "R_old.copy_(R)",
+                "R_old += gathered(R)",
+                "R_old.copy_(gathered(R))",
             ),
             (
                 "routing-goes-on",

@@ -95,8 +95,8 @@ _ARGUMENTS = mutants_of(
         (
             "one-seed-for-all",
             "every call draws the same mask",
-            "dropout_seed = torch.randint(_SEEDS.min, _SEEDS.max, (),",
-            "dropout_seed = torch.full((), _SEEDS.min,",
+            "return torch.randint(_SEEDS.min, _SEEDS.max, (),",
+            "return torch.full((), _SEEDS.min,",
         ),
         ("threshold-cut", "the threshold is cut off, not rounded", "* 65536).round().to(", "* 65536).to("),
         (

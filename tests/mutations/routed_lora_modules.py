@@ -13,8 +13,8 @@ _LAYER = mutants_of(
         (
             "R-not-identity",
             "routing does not start at the identity",
-            "self.routing.copy_(torch.eye(self.r,",
-            "self.routing.copy_(torch.ones(self.r, self.r,",
+            "one = torch.eye(self.r,",
+            "one = torch.ones(self.r, self.r,",
         ),
         (
             "frozen-not-zero",

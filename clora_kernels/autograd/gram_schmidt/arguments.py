@@ -21,8 +21,9 @@ def check_matrix(name: str, V: Any) -> None:
         raise ValueError(f"{name}: got shape {tuple(V.shape)}, expected [..., d, r] = at least 2 dimensions")
 
 
-def check_basis(name: str, against: Any, V: Tensor, of: str) -> None:
-    """Raise unless ``against`` can be a basis beside V: that it is orthonormal is the caller's word."""
+def check_basis(name: str, against: Any, V: Tensor, of: str, rows: str = "all") -> None:
+    """Raise unless ``against`` can be a basis beside V: that it is orthonormal is the caller's word. Of ``rows`` that
+    are "some", columns may be more."""
     if against is None:
         return
     check_tensor(name, against)
@@ -31,7 +32,7 @@ def check_basis(name: str, against: Any, V: Tensor, of: str) -> None:
     d, lead = V.shape[-2], V.shape[:-2]
     if against.dim() < 2 or against.shape[-2] != d:
         raise ValueError(f"{name}: got shape {tuple(against.shape)}, expected [..., {d}, k], the d of {of}")
-    if against.shape[-1] > d:
+    if against.shape[-1] > d and rows == "all":
         raise ValueError(
             f"{name}: got {against.shape[-1]} columns of length {d}, expected at most {d}: more are no basis"
         )

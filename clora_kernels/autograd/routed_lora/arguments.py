@@ -207,10 +207,15 @@ def dropout_tensors(
     if not training or dropout_p == 0.0:
         return None, None
     if dropout_seed is None:
-        dropout_seed = torch.randint(_SEEDS.min, _SEEDS.max, (), dtype=torch.int64, device=x.device)
+        dropout_seed = draw_seed(x.device)
     if torch.compiler.is_compiling():
         return dropout_seed, (_scalar(dropout_p, torch.float64, x.device) * 65536).round().to(torch.int64)
     return dropout_seed, _scalar(round(65536 * dropout_p), torch.int64, x.device)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed of torch's generator."""
+    return torch.randint(_SEEDS.min, _SEEDS.max, (), dtype=torch.int64, device=device)
 
 
 def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

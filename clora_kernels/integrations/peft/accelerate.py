@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ...modules.sharded import is_sharded
+
 
 @dataclass(frozen=True)
 class Acceleration:
@@ -120,8 +122,11 @@ def _state(layer: Any) -> tuple[str | None, str]:
     if layer.disable_adapters or layer.merged or not parts:
         off = "are disabled" if layer.disable_adapters else "are merged" if layer.merged else "are not active"
         return None, f"the base layer alone while its adapters {off}"
-    if (left := layer.why_left(parts)) is not None:
+    if (left := layer.why_left(parts, gathered=True)) is not None:
         return left, ""
+    modules = [layer.base_layer, *(linear for A, B, _ in parts.values() for linear in (A, B))]
+    if any(is_sharded(p) for module in modules for p in module.parameters()):
+        return None, "in calls for which its sharded weights are gathered (fell_back tells of others)"
     if (apart := why_not_fused(layer.base_layer)) is not None:
         return None, f"on the output of its base layer ({apart})"
     return None, "in one sum with its base layer"

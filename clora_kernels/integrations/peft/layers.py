@@ -26,6 +26,7 @@ from ...autograd.routed_lora import routed_lora_delta, routed_lora_linear
 from ...autograd.routed_lora.arguments import DTYPES
 from ...library import PLAIN_TYPES
 from ...modules.adapter import why_not_replaceable
+from ...modules.sharded import is_sharded
 
 _Base: Any = Linear if TYPE_CHECKING else object
 
@@ -82,8 +83,8 @@ class Accelerated(_Base):
         A, B, drop = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
         return {name: (A[name], B[name], drop[name]) for name in names if name in A}
 
-    def why_left(self, parts: Mapping[str, Parts]) -> str | None:
-        """Why calls with these adapters are PEFT's, or None."""
+    def why_left(self, parts: Mapping[str, Parts], gathered: bool = False) -> str | None:
+        """Why calls with these adapters are PEFT's, or None; ``gathered``: once what is sharded now is whole."""
         for name, (A, B, drop) in parts.items():
             if name in self.lora_variant:
                 return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}, not plain LoRA"
@@ -94,7 +95,8 @@ class Accelerated(_Base):
                 if own["bias"] is not None:
                     return f"adapter {name!r} has a bias"
                 weight = own.get("weight")
-                if weight is None or not is_plain(weight) or weight.dtype not in DTYPES:
+                plain = weight is not None and (is_plain(weight) or (gathered and is_sharded(weight)))
+                if weight is None or not plain or weight.dtype not in DTYPES:
                     return f"adapter {name!r} holds no plain weight in one of {', '.join(map(str, DTYPES))}"
             if type(drop) not in (nn.Dropout, nn.Identity):
                 return f"adapter {name!r} drops by {type(drop).__name__}, not nn.Dropout"

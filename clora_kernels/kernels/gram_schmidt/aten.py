@@ -97,6 +97,25 @@ def _solved(R: Tensor, dR: Tensor, QdQ: Tensor, QV: Tensor | None) -> tuple[Tens
     return Y, Z, dR_JD.mT @ Y
 
 
+class Rows:
+    """What is asked of all rows of V and P together. Here they are all of them; elsewhere each rank has some."""
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sums over rows, from those of the rows at hand."""
+        return t
+
+    def max(self, t: Tensor) -> Tensor:
+        """Maxima over rows, from those of the rows at hand."""
+        return t
+
+    def norm(self, w: Tensor) -> Tensor:
+        """Norms of the columns of w [B, d, 1]."""
+        return torch.linalg.vector_norm(w, dim=1)
+
+
+_ALL_HERE = Rows()
+
+
 class Sweep(NamedTuple):
     """What a step found: X, R [B, r, r] upper triangular, T [B, k, r], and ``state`` [B], DONE, AGAIN or HARD."""
 
@@ -106,18 +125,18 @@ class Sweep(NamedTuple):
     state: Tensor
 
 
-def forward(columns: Columns, rank_tol: float) -> GramSchmidtResult:
+def forward(columns: Columns, rank_tol: float, rows: Rows = _ALL_HERE) -> GramSchmidtResult:
     """A sweep, a second one for those that go again, and what no sweep gets done column by column."""
     V, P = columns
     B, _, r = V.shape
-    first = step(*gram(columns), rank_tol, V.dtype)
+    first = step(*gram(columns, rows), rank_tol, V.dtype)
     state, R, Q = first.state, first.R, torch.empty_like(V)
     apply(columns, first, Q)
     again = state == AGAIN
     if any(again):
         swept = Columns(torch.empty_like(V, dtype=accumulation_dtype(V.dtype)), P)
         apply(columns, first, swept.V, again)
-        second = step(*gram(swept), rank_tol, V.dtype, R)
+        second = step(*gram(swept, rows), rank_tol, V.dtype, R)
         apply(swept, second, Q, again)
         R = torch.where(again[:, None, None], second.R, R)
         state = torch.where(again, second.state, state)
@@ -125,14 +144,15 @@ def forward(columns: Columns, rank_tol: float) -> GramSchmidtResult:
     result = GramSchmidtResult(Q, R.to(accumulation_dtype(V.dtype)), rank)
     hard = state != DONE
     if any(hard):
-        deflate(columns, hard, rank_tol, result)
+        deflate(columns, hard, rank_tol, result, rows)
     return result
 
 
-def gram(columns: Columns) -> tuple[Tensor | None, Tensor]:
+def gram(columns: Columns, rows: Rows = _ALL_HERE) -> tuple[Tensor | None, Tensor]:
     """S [B, k, r] and G [B, r, r] in fp64."""
     W = columns.V.double()
-    return None if columns.P is None else columns.P.double().mT @ W, W.mT @ W
+    S = None if columns.P is None else rows.sum(columns.P.double().mT @ W)
+    return S, rows.sum(W.mT @ W)
 
 
 def step(S: Tensor | None, G: Tensor, rank_tol: float, dtype: torch.dtype, before: Tensor | None = None) -> Sweep:
@@ -174,20 +194,20 @@ def apply(columns: Columns, sweep: Sweep, out: Tensor, only: Tensor | None = Non
     out.copy_(swept if only is None else torch.where(only[:, None, None], swept.to(out.dtype), out))
 
 
-def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult) -> None:
+def deflate(columns: Columns, hard: Tensor, rank_tol: float, result: GramSchmidtResult, rows: Rows = _ALL_HERE) -> None:
     """Write the result of the matrices that are ``hard``: fp64, one column after the other, each projected twice."""
     if _can_wait(hard):
         chosen = hard.nonzero()[:, 0]
-        found = _deflated(Columns(*(None if t is None else t[chosen] for t in columns)), rank_tol)
+        found = _deflated(Columns(*(None if t is None else t[chosen] for t in columns)), rank_tol, rows)
         for whole, part in zip(result, found, strict=True):
             whole[chosen] = part.to(whole.dtype)
         return
-    for whole, part in zip(result, _deflated(columns, rank_tol), strict=True):
+    for whole, part in zip(result, _deflated(columns, rank_tol, rows), strict=True):
         where = hard.reshape(-1, *[1] * (whole.dim() - 1))
         whole.copy_(torch.where(where, part.to(whole.dtype), whole))
 
 
-def _deflated(columns: Columns, rank_tol: float) -> GramSchmidtResult:
+def _deflated(columns: Columns, rank_tol: float, rows: Rows) -> GramSchmidtResult:
     V, P = columns
     B, d, r = V.shape
     k = 0 if P is None else P.shape[-1]
@@ -195,19 +215,20 @@ def _deflated(columns: Columns, rank_tol: float) -> GramSchmidtResult:
     if P is not None:
         basis[..., :k] = P
     wide = V.double()
-    finite = (wide.isfinite().all(1).all(1) & basis.isfinite().all(1).all(1))[:, None, None]
+    broken = ~(wide.isfinite().all(1).all(1) & basis.isfinite().all(1).all(1))[:, None, None]
+    finite = rows.max(broken.double()) == 0
     basis, wide = torch.where(finite, basis, 0.0), torch.where(finite, wide, 0.0)
-    exponent = scale_exponents(wide)
+    exponent = scale_exponents(rows.max(wide.abs().amax(1, keepdim=True)))
     wide = times_power(wide, -exponent)
     R = wide.new_zeros(B, r, r)
     for j in range(r):
         w = wide[..., j : j + 1]
-        own = torch.linalg.vector_norm(w, dim=1)
+        own = rows.norm(w)
         for _ in range(2):
-            c = basis[..., : k + j].mT @ w
+            c = rows.sum(basis[..., : k + j].mT @ w)
             w = w - basis[..., : k + j] @ c
             R[:, :j, j] += c[:, k:, 0]
-        norm = torch.linalg.vector_norm(w, dim=1)
+        norm = rows.norm(w)
         kept = norm > rank_tol * own
         basis[..., k + j] = torch.where(kept, w[..., 0] / torch.where(kept, norm, 1.0), 0.0)
         R[:, j, j] = torch.where(kept, norm, 0.0)[:, 0]

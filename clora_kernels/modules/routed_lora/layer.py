@@ -17,6 +17,7 @@ from ...dispatch.routed_lora import choose
 from ...kernels.routed_lora.algebra import Projection
 from ...reference.routed_lora import accumulation_dtype
 from ..adapter import AdapterLinear, default_adapter_dtype
+from ..sharded import write
 
 
 class RoutedLoRALinear(AdapterLinear):
@@ -137,7 +138,8 @@ class RoutedLoRALinear(AdapterLinear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B.zero_()
         if self.routing is not None:
-            self.routing.copy_(torch.eye(self.r, dtype=self.routing.dtype, device=self.routing.device))
+            one = torch.eye(self.r, dtype=self.routing.dtype, device=self.routing.device)
+            write(self.routing, one.expand(self.routing.shape))
         if self.frozen_routing is not None:
             self.frozen_routing.zero_()
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from ....modules.sharded import gathered
 from .config import RoutedLoraConfig, RoutedLoraType
 from .layer import RoutedLinear, features
 
@@ -108,7 +109,7 @@ def next_task(model: nn.Module, adapter_name: str | None = None) -> None:
     """C-LoRA's hand-over at the end of a task (arXiv 2502.17920): R_old ← R_old + R, R ← 0.
 
     The model computes what it did (an adapter in 16 bit: to the rounding of R_old). R starts anew: give the next task
-    an optimizer of its own, or its momentum moves R on.
+    an optimizer of its own, or its momentum moves R on. Of a sharded model every rank calls it.
 
     Args:
         model: a PeftModel, or any model into which PEFT put routed layers.
@@ -124,7 +125,7 @@ def next_task(model: nn.Module, adapter_name: str | None = None) -> None:
         for layer in layers:
             if name in layer.lora_A:
                 _, _, R, R_old = layer.adapter_tensors(name)
-                R_old += R
+                R_old += gathered(R)
                 R.zero_()
                 if config.frozen_factors:
                     layer.freeze_factors(name)
