@@ -12,7 +12,7 @@ import torch
 from peft_models import WIDTHS, assert_as_good, config, peft_model, results
 from torch import nn
 
-from clora_kernels.integrations.peft import accelerate, layers
+from clora_kernels.integrations.peft import accelerate, layers, restore
 
 K, N = WIDTHS
 NAME = "base_model.model.linear"
@@ -88,6 +88,7 @@ def test_a_layer_that_is_changed_later_is_peft_s_and_told(change: str) -> None:
     x = call(4)[0]
     assert torch.equal(layer_of(other)(x), layer_of(model)(x))  # and no second warning
     assert re.search(why, report.fell_back[NAME]) and "left a call to PEFT" in str(report)
+    assert NAME in restore(other) and not report.fell_back
 
 
 def test_variants_are_left_alone() -> None:

@@ -116,6 +116,7 @@ def test_a_merge_that_cannot_be_is_refused_and_nothing_happens() -> None:
     before = bits(model)
     with pytest.raises(ValueError, match=r"adapter_names: got \['first', 'second'\], .* not finite"):
         model.get_submodule(LINEAR).merge(safe_merge=True, adapter_names=["first", "second"])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     nn.utils.parametrizations.weight_norm(model.get_submodule(LINEAR).base_layer)
     with pytest.raises(ValueError, match="base_layer: got one into which no adapter can be merged exactly: Parametri"):
         model.get_submodule(LINEAR).merge()

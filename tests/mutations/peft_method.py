@@ -146,7 +146,7 @@ PEFT_METHOD = [
     *mutants_of(
         FOLDER + "model.py",
         "peft-method",
-        (STATES, FILES, CONFIG),
+        (STATES, FILES, CONFIG, NUMBERS),
         [
             (
                 "earlier-tasks-forgotten",
