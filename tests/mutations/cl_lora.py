@@ -78,7 +78,7 @@ CL_LORA += mutants_of(
          "    finally:\n        handle.remove()\n    if not", "    if not"),
         ("left-compiled", "a compiled forward is not left",
          '        with torch.compiler.set_stance("force_eager"):\n            run()', "        run()"),
-        ("once-compiled", "a compiled model does not see that its blocks are computed",
+        ("once-compiled", "a compiled model is compiled anew in every test",
          '        with torch.compiler.set_stance("force_eager"):\n            yield', "        yield"),
         ("same-tensor", "a model that changes what a block put out changes it for every run",
          "return copy.deepcopy(self.given[self.calls - 1])", "return self.given[self.calls - 1]"),
