@@ -97,21 +97,38 @@ def option(method: str, name: str, text: str) -> Any:
     return value
 
 
-def parser_of(doc: str, methods: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
-    """Options of every example; those that a preset or the method may set are None until ``fill``."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def rates_of(method: str) -> list[str]:
+    """The learning rates that a method's ``param_groups`` takes."""
+    return list(inspect.signature(METHODS[method].method.param_groups).parameters)[1:]
+
+
+def parser_of(
+    doc: str, methods: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> argparse.ArgumentParser:
+    """Options of every example; those that a preset, the method or ``defaults`` may set are None until ``fill``."""
+
+    def default(name: str) -> str:
+        return f"(default: {defaults[name]}, or the preset's)"
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=tuple(presets), help="published settings, which other options override")
-    add("--method", choices=methods)
-    add("--out", type=Path, required=True, help="folder of the run: log.jsonl, config.json, checkpoint.safetensors")
+    add("--method", choices=methods, help=f"what learns the tasks {default('method')}")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the run: config.json, log.jsonl, checkpoint.safetensors and, once it has ended, model/",
+    )
     add("--resume", action="store_true", help="go on with the run in --out, where there is one")
-    add("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint (default: %(default)s)")
-    add("--log-every", type=int, default=10, metavar="STEPS", help="line of losses (default: %(default)s)")
-    add("--epochs", type=int, help="of each task")
-    add("--batch", type=int)
+    add("--save-every", type=int, default=100, metavar="STEPS", help="steps to a checkpoint (default: %(default)s)")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="steps to a line of losses (default: %(default)s)")
+    add("--epochs", type=int, help=f"how often each task's samples are seen {default('epochs')}")
+    add("--batch", type=int, help=f"samples that are in memory at once {default('batch')}")
     add("--optimizer", choices=("sgd", "adamw"), help="(default: as the method was published, else sgd)")
-    add("--lr", type=float)
-    add("--weight-decay", type=float)
+    add("--lr", type=float, help="learning rate (default: the method's own)")
+    add("--lr-routing", type=float, help="that of c-lora's routing matrices (default: as --lr)")
+    add("--weight-decay", type=float, help="of all that learns (default: as the method was published, else 0)")
     add("--r", type=int, help="rank (default: the method's own)")
     add(
         "--set",
@@ -120,9 +137,9 @@ def parser_of(doc: str, methods: tuple[str, ...], presets: Mapping[str, Mapping[
         metavar="NAME=VALUE",
         help="further option of the method (a number, true, false, null or a text)",
     )
-    add("--seed", type=int)
+    add("--seed", type=int, help=f"of splits, orders and starts {default('seed')}")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     return parser
 
 
@@ -138,15 +155,18 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: in
     """End with a message where a number is out of range, the device cannot compute, or --set is no NAME=VALUE that the
     method takes."""
     for name, lowest in {"epochs": 1, "batch": 1, "save_every": 1, "log_every": 1, **least}.items():
-        if getattr(args, name) < lowest:
-            parser.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {lowest}")
+        if (value := getattr(args, name)) is not None and value < lowest:
+            parser.error(f"--{name.replace('_', '-')}: got {value}, expected at least {lowest}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed: got {args.seed}, expected 0 to {2**32 - 1}")
-    for name, above in {"lr": True, "weight_decay": False, "lr_end": False, "head_scale": True}.items():
-        value = getattr(args, name, 1.0)  # some are not asked for everywhere
-        if not (0 < value if above else 0 <= value) or value == math.inf:
+    rates = {"lr": True, "lr_routing": True, "weight_decay": False, "lr_end": False, "head_scale": True}
+    for name, above in rates.items():
+        value = getattr(args, name, None)  # some are not asked for everywhere
+        if value is not None and (not (0 < value if above else 0 <= value) or value == math.inf):
             lowest = "above" if above else "of at least"
             parser.error(f"--{name.replace('_', '-')}: got {value}, expected a finite number {lowest} 0")
+    if args.lr_routing is not None and "lr_routing" not in rates_of(args.method):
+        parser.error(f"--lr-routing: got {args.lr_routing} with --method {args.method}, which has no routing matrices")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:

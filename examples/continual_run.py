@@ -26,6 +26,11 @@ def make_optimizer(kind: str, groups: list[dict[str, Any]], weight_decay: float)
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
+def groups_of(method: ContinualMethod, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What of the method learns, at the rates that were asked for."""
+    return method.param_groups(args.lr, **({} if args.lr_routing is None else {"lr_routing": args.lr_routing}))
+
+
 def generator(*what: object) -> torch.Generator:
     """The random numbers of one thing, a batch say: the same whenever they are asked for, so that a run that is resumed
     in the middle need not draw what came before."""
@@ -38,6 +43,15 @@ def rows_of(step: int, samples: int, batch: int, *what: object) -> list[int]:
     epoch, number = divmod(step, -(-samples // batch))
     order = torch.randperm(samples, generator=generator(*what, epoch)).tolist()
     return order[number * batch : (number + 1) * batch]
+
+
+def full_rows_of(step: int, samples: int, batch: int, *what: object) -> list[int]:
+    """The samples of a training step, ``batch`` in each: where the order of an epoch ends, the next begins."""
+    start, rows = step * batch, []
+    for epoch in range(start // samples, (start + batch - 1) // samples + 1):
+        order = torch.randperm(samples, generator=generator(*what, epoch)).tolist()
+        rows += order[max(start - epoch * samples, 0) : start + batch - epoch * samples]
+    return rows
 
 
 # The loop
@@ -151,18 +165,28 @@ def learn_in_order(course: Course, method: ContinualMethod, run: RunDirectory, r
 
 # What may differ when a run is resumed.
 FREE = ("out", "resume", "device", "save_every", "log_every", "workers", "set", "r")
+# What may be longer: further tasks.
+GROWING = ("tasks", "samples")
 
 
-def start(args: argparse.Namespace, **more: Any) -> tuple[RunDirectory, bool]:
+def start(
+    args: argparse.Namespace, tasks: list[Any], samples: list[list[int]], **more: Any
+) -> tuple[RunDirectory, bool]:
     """The run's folder, and whether there is something to resume.
 
+    Args:
+        tasks: of each task what makes it this one.
+        samples: of each task how many there are to learn from and to test on.
+        more: what decides the results beside tasks and options.
+
     Raises:
-        Refused: a folder that cannot be written or holds another run.
+        Refused: a folder that cannot be written or holds another run, other than one of fewer tasks.
     """
-    config = {name: value for name, value in vars(args).items() if name not in FREE}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in FREE}
+    config |= {**more, "tasks": tasks, "samples": samples}
     try:
         run = RunDirectory(args.out, every=args.log_every)
-        return run, run.start({k: str(v) if isinstance(v, Path) else v for k, v in config.items()} | more, args.resume)
+        return run, run.start(config, args.resume, growing=GROWING)
     except (OSError, ValueError) as error:
         raise Refused(f"--out: {error}") from error
 
@@ -180,6 +204,31 @@ def command(parser: argparse.ArgumentParser, packages: tuple[str, ...], run: Cal
         parser.exit(130, "stopped; with --resume it goes on from its last checkpoint\n")
 
 
-def report(run: RunDirectory, name: str) -> str:
-    """The table of metrics of a run that has ended."""
-    return table({name: [run.accuracies()]})
+def report(run: RunDirectory, name: str, **columns: str) -> str:
+    """The table of metrics of a run that has ended, and what else is told of it."""
+    return table({name: [run.accuracies()]}, {heading: {name: cell} for heading, cell in columns.items()})
+
+
+def save_model(folder: Path, method: ContinualMethod, inner: Callable[[nn.Module], Any]) -> None:
+    """Write what is tested, its adapters merged into plain layers, as transformers loads it. Where each task is tested
+    by a view of its own, that of the last, and of every other the weights that differ, in ``view-<task>.safetensors``.
+
+    Args:
+        inner: the model of transformers in a copy of the method's.
+
+    Raises:
+        Refused: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    *others, last = method.views()
+    try:
+        model = inner(method.inference_model(last))
+        model.save_pretrained(folder)
+        weights = model.state_dict()
+        for view in others:
+            state = inner(method.inference_model(view)).state_dict()
+            own = {name: t.contiguous() for name, t in state.items() if not torch.equal(t, weights[name])}
+            save_file(own, folder / f"view-{view}.safetensors", {"format": "pt"})
+    except OSError as error:
+        raise Refused(f"--out: {folder} cannot be written: {error}") from error

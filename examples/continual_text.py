@@ -1,11 +1,19 @@
-"""A language model learns one text task after another: python examples/continual_text.py --model M --preset slao
---tasks a.jsonl b.jsonl --out DIR
+"""A language model learns one text task after another.
+
+    python examples/continual_text.py --model M --preset slao --tasks a.jsonl b.jsonl --out DIR
 
 M is a folder with a model of transformers that has q_proj and v_proj layers (Llama and its kin) and its tokenizer, or
-its name on the hub; --config tiny takes a small one with random weights, on bytes. A task is a file with a line
-{"prompt": ..., "answer": ...} for each example; the loss is on answers alone. After each task come loss and exact
-answers on what was held out of every task so far. The run can be stopped at any moment: the same command with --resume
-goes on.
+its name on the hub; --config tiny takes a small one with random weights, on bytes. A task is a file of JSON lines, one
+for each example:
+
+    {"prompt": "a text", "answer": "what is to follow it, not empty"}
+
+The loss is on answers alone. After each task come loss and exact answers on what was held out of every task so far; the
+last table has the mean loss over tasks, a token, after the last of them.
+
+The run can be stopped at any moment: the same command with --resume goes on. So does a run that has ended, with further
+files after those of --tasks. DIR/model is then what was learned, its adapters merged, for transformers'
+AutoModelForCausalLM.from_pretrained, with the tokenizer.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from typing import Any
 
 import torch
 from continual_options import METHODS, Refused, attach, check, fill, local_or_hub, parser_of
-from continual_run import Lesson, command, learn_in_order, make_optimizer, report, rows_of, start
+from continual_run import Lesson, command, groups_of, learn_in_order, make_optimizer, report, rows_of, save_model, start
 from texts import Batch, Bytes, Example, Pretrained, Task, Tokens, answers, load_task
 from torch import Tensor, nn
 
@@ -90,7 +98,7 @@ class Texts:
 
     def lesson(self, task: int, method: ContinualMethod, head: nn.Module | None) -> Lesson:
         args, examples = self.args, self.texts[task - 1].train
-        optimizer = make_optimizer(args.optimizer, method.param_groups(args.lr), args.weight_decay)
+        optimizer = make_optimizer(args.optimizer, groups_of(method, args), args.weight_decay)
         size = args.batch * args.accumulate
 
         def step(number: int) -> None:
@@ -122,14 +130,16 @@ class Texts:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = parser_of(__doc__, ("c-lora", "slao", "lora"), PRESETS)
+    parser = parser_of(__doc__, ("c-lora", "slao", "lora"), PRESETS, DEFAULTS)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="folder of a model of transformers with its tokenizer, or its name on the hub")
     which.add_argument("--config", choices=("tiny",), help="a small Llama on bytes, its weights random")
-    parser.add_argument("--tasks", nargs="+", type=Path, required=True, help="files of JSON lines, in order")
-    parser.add_argument("--held-out", type=float, default=0.2, help="share to test on (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", type=Path, required=True, help="files of JSON lines, in order; see above")
+    parser.add_argument(
+        "--held-out", type=float, default=0.2, help="share of each file to test on (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=int, help="tokens of an example (default: 512, or the model's fewer)")
-    parser.add_argument("--accumulate", type=int, help="batches of --batch that make a step together")
+    parser.add_argument("--accumulate", type=int, help="batches that make a step together (default: 4)")
     args = parser.parse_args(argv)
     own = METHODS[args.method or PRESETS.get(args.preset, DEFAULTS)["method"]]
     published = {name: getattr(own, name) for name in ("optimizer", "lr", "weight_decay")}
@@ -152,11 +162,15 @@ def learn(args: argparse.Namespace) -> None:
     method = attach(args.method, model, TARGETS, args.options)
     tokens = load_tokens(args.model)
     tasks = [load_task(file, tokens, args.held_out, args.max_length, args.seed) for file in args.tasks]
-    run, resumes = start(args, tasks=[str(f) for f in args.tasks], samples=[[len(t.train), len(t.test)] for t in tasks])
+    run, resumes = start(args, [str(file) for file in args.tasks], [[len(t.train), len(t.test)] for t in tasks])
     print(f"{len(tasks)} tasks, {sum(len(t.train) for t in tasks)} examples to learn from, "
           f"{sum(len(t.test) for t in tasks)} held out; {args.method} on {len(method.layers)} layers")  # fmt: skip
     learn_in_order(Texts(args, tasks, tokens), method, run, resumes, args.save_every)
-    print(report(run, args.method))
+    *_, last = run.lines("test")
+    losses = last["values"]["loss"]
+    print(report(run, args.method, loss=f"{sum(losses) / len(losses):.4f}"))
+    save_model(args.out / "model", method, lambda model: model)
+    tokens.save(args.out / "model")
 
 
 def main(argv: list[str] | None = None) -> None:

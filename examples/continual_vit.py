@@ -1,10 +1,25 @@
-"""Class-incremental learning with a vision transformer from a file: python examples/continual_vit.py --model M --data D
---preset cl-lora-cifar100 --out DIR
+"""Class-incremental learning with a vision transformer from a file.
 
-M is a folder with a transformers ViT, or its name on the hub; D a folder of train/CLASS/ and test/CLASS/ with images,
-of CLASS/ alone (split by --test-share), or CIFAR-100's for Python (cifar-100-python). Each task brings its classes and
-a cosine head for them; a test sample goes to the nearest of the class means that were taken at the end of each task.
-The run can be stopped at any moment: the same command with --resume goes on.
+    python examples/continual_vit.py --model M --data D --preset cl-lora-cifar100 --out DIR
+
+M is a folder with a transformers ViT, or its name on the hub. D is a folder of images (.jpeg, .jpg, .png), one of
+
+    D/train/CLASS/*.jpg and D/test/CLASS/*.jpg      the same classes in both
+    D/CLASS/*.jpg                                   of each class --test-share is tested on
+    D/train, D/test                                 files, those of CIFAR-100 for Python (cifar-100-python)
+
+Each task brings --classes classes, in an order by the seed, and a cosine head for them; a test sample goes to the
+nearest of the class means that were taken at the end of each task.
+
+The run can be stopped at any moment: the same command with --resume goes on. So does a run that has ended after --tasks
+tasks, with more of them. DIR/model is then what was learned, its adapters merged, for transformers'
+ViTModel.from_pretrained, with class_means.safetensors: means [classes, width], the class and the task of each, and the
+names of classes in the metadata. Of cl-lora, which tests each task by weights of its own, it is the last task's;
+view-<task>.safetensors has those of an earlier one that differ, for load_state_dict(..., strict=False).
+
+The presets of cl-lora are its released settings. That of dac has DAC's optimizer, schedule, steps, batch, shots and
+rank; the rest is a reconstruction: a cosine head and cross-entropy on a ViT in place of CLIP's two encoders and their
+contrastive loss, and tasks of 10 classes in place of whole data sets.
 """
 
 from __future__ import annotations
@@ -16,10 +31,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from continual_options import METHODS, Refused, attach, check, fill, local_or_hub, parser_of
-from continual_run import Lesson, command, generator, learn_in_order, make_optimizer, report, rows_of, start
+from continual_options import METHODS, Refused, attach, check, fill, parser_of
+from continual_run import (
+    Lesson,
+    command,
+    full_rows_of,
+    generator,
+    groups_of,
+    learn_in_order,
+    make_optimizer,
+    report,
+    rows_of,
+    start,
+)
 from images import Batches, Images, Pixels, load
 from torch import Tensor, nn
+from vit_files import Backbone, load_model, save
 
 from clora_kernels.continual import ContinualMethod, CosineHead, Prototypes, RunDirectory, vit_targets
 
@@ -37,53 +64,20 @@ PRESETS = {
     "cl-lora-imagenet-r": cl_lora(5, 10, 20, 0.05, 32, 5e-4),
     "cl-lora-imagenet-a": cl_lora(20, 10, 25, 0.05, 32, 5e-3),
     "cl-lora-vtab": cl_lora(10, 10, 45, 0.03, 32, 1e-4),
+    # AdamW, cosine to 1e-6 by steps; see above for what of it is a reconstruction.
+    "dac": {
+        "method": "dac",
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "lr_end": 1e-6,
+        "weight_decay": 1e-2,
+        "steps": 500,
+        "batch": 32,
+        "shots": 5,
+        "r": 12,
+    },
 }
 DEFAULTS = {"method": "c-lora", "classes": 10, "epochs": 10, "batch": 32, "seed": 1993}
-
-
-class Backbone(nn.Module):
-    """Images [S, 3, H, W] to the features [S, d] of the class token, in fp32."""
-
-    def __init__(self, vit: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vit, self.dtype = vit, dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.vit(pixel_values=images).last_hidden_state[:, 0].float()
-
-
-def load_model(name: str) -> tuple[nn.Module, Pixels]:
-    """A ViT of three channels and how it wants its images.
-
-    Raises:
-        Refused: it cannot be loaded, is no ViT, or lacks weights.
-    """
-    from transformers import AutoConfig, ViTModel
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    local_or_hub("--model", name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "vit" or config.num_channels != 3:
-            raise Refused(f"--model: {name} is a {config.model_type}, expected a vit of 3 channels")
-        vit, loaded = ViTModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
-    except Refused:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Refused(f"--model: {name} cannot be loaded: {error}") from error
-    if loaded["missing_keys"]:
-        raise Refused(f"--model: {name} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
-    try:
-        wants, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:  # a model without a word on its images was trained on [-1, 1], as ViTs are
-        wants = {}
-    pixels = Pixels(config.image_size)
-    if wants.get("do_normalize", True):
-        mean, std = (tuple(wants.get(f"image_{k}") or getattr(pixels, k)) for k in ("mean", "std"))
-    else:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return vit, Pixels(config.image_size, mean, std)
 
 
 def class_order(classes: int, seed: int) -> list[int]:
@@ -124,32 +118,40 @@ class Classes:
         self.prototypes = Prototypes()
         self.kept: dict[str, Any] = {"prototypes": self.prototypes}
 
+    def samples(self) -> list[list[int]]:
+        """Of each task: how many to learn from, and to test on."""
+        return [[len(a.sources), len(b.sources)] for a, b in zip(self.train, self.test_sets, strict=True)]
+
     def head(self, task: int) -> nn.Module:
         return CosineHead(self.width, len(self.groups[task - 1]), self.args.head_scale).to(self.args.device)
 
     def lesson(self, task: int, method: ContinualMethod, head: nn.Module | None) -> Lesson:
         args, images = self.args, self.train[task - 1]
-        groups = [*method.param_groups(args.lr), {"params": list(head.parameters()), "lr": args.lr}]
+        groups = [*groups_of(method, args), {"params": list(head.parameters()), "lr": args.lr}]
         optimizer = make_optimizer(args.optimizer, groups, args.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.lr_end)
-        steps_an_epoch = -(-len(images.sources) // args.batch)
+        if args.steps is None:
+            choose, stage = rows_of, -(-len(images.sources) // args.batch)
+            steps = args.epochs * stage
+        else:
+            choose, steps, stage = full_rows_of, args.steps, 1
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps // stage, args.lr_end)
         group = torch.tensor(self.groups[task - 1])
 
         def make(step: int) -> tuple[Tensor, Tensor]:
-            rows = rows_of(step, len(images.sources), args.batch, args.seed, "order", task)
+            rows = choose(step, len(images.sources), args.batch, args.seed, "order", task)
             random = generator(args.seed, "pixels", task, step)
             pixels = torch.stack([self.pixels.training(images.sources[i], random) for i in rows])
             return pixels, (images.labels[rows][:, None] == group).int().argmax(1)
 
-        batches = self.batches(make, args.epochs * steps_an_epoch)
+        batches = self.batches(make, steps)
 
         def step(number: int) -> None:
             pixels, labels = (t.to(args.device) for t in batches[number])
             method.training_step(pixels, lambda: F.cross_entropy(head(method.model(pixels)), labels), optimizer)
-            if (number + 1) % steps_an_epoch == 0:
+            if (number + 1) % stage == 0:
                 schedule.step()
 
-        return Lesson(args.epochs * steps_an_epoch, step, {"head": head, "optimizer": optimizer, "schedule": schedule})
+        return Lesson(steps, step, {"head": head, "optimizer": optimizer, "schedule": schedule})
 
     def batches(self, make: Any, stop: int) -> Batches:
         return Batches(make, stop, self.pool, 2 * self.args.workers)
@@ -193,40 +195,56 @@ class Classes:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = parser_of(__doc__, tuple(METHODS), PRESETS)
+    parser = parser_of(__doc__, tuple(METHODS), PRESETS, DEFAULTS)
     parser.add_argument("--model", required=True, help="folder of a transformers ViT, or its name on the hub")
-    parser.add_argument("--data", type=Path, required=True, help="folder of images")
-    parser.add_argument("--test-share", type=float, default=0.2, help="of CLASS/ folders (default: %(default)s)")
-    parser.add_argument("--classes", type=int, help="of each task")
-    parser.add_argument("--tasks", type=int, help="stop after so many (default: as many as the classes make)")
-    parser.add_argument("--parts", nargs="+", choices=("q", "k", "v", "out", "fc1", "fc2"), help="of each block")
-    parser.add_argument("--head-scale", type=float, help="what the scale of the cosine heads starts from")
-    parser.add_argument("--lr-end", type=float, help="where the cosine schedule ends")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images; see above")
+    parser.add_argument("--test-share", type=float, default=0.2, help="of D/CLASS/ folders (default: %(default)s)")
+    parser.add_argument("--shots", type=int, help="learn from so many images of each class (default: all of them)")
+    parser.add_argument("--steps", type=int, help="of each task, in place of --epochs: full batches, cosine by steps")
+    parser.add_argument("--classes", type=int, help="of each task (default: 10, or the preset's)")
+    parser.add_argument("--tasks", type=int, help="learn so many (default: as many as the classes make)")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("q", "k", "v", "out", "fc1", "fc2"),
+        help="of each block (default: the method's own)",
+    )
+    parser.add_argument(
+        "--head-scale", type=float, help="where that of the cosine heads starts (default: the method's own)"
+    )
+    parser.add_argument("--lr-end", type=float, help="where the cosine schedule ends (default: the method's own)")
     parser.add_argument("--workers", type=int, default=4, help="threads that read images (default: %(default)s)")
     args = parser.parse_args(argv)
-    fill(args, PRESETS.get(args.preset, {}), DEFAULTS)
+    if args.epochs is not None and args.steps is not None:
+        parser.error(f"--steps: got {args.steps} and --epochs {args.epochs}, expected one of them")
+    settings = PRESETS.get(args.preset, {})
+    if args.epochs is not None or args.steps is not None:  # either overrides both of a preset
+        settings = {k: v for k, v in settings.items() if k not in ("epochs", "steps")}
+    fill(args, settings)
+    fill(args, DEFAULTS if args.steps is None else DEFAULTS | {"epochs": None})
     fill(args, {k: v for k, v in METHODS[args.method]._asdict().items() if k != "method"})
-    check(parser, args, classes=1, workers=1)
+    check(parser, args, classes=1, workers=1, shots=1, steps=1, tasks=1)
     if not 0 < args.test_share < 1:
         parser.error(f"--test-share: got {args.test_share}, expected a share between 0 and 1")
-    if args.tasks is not None and args.tasks < 1:
-        parser.error(f"--tasks: got {args.tasks}, expected at least 1")
     return parser, args
 
 
 def learn(args: argparse.Namespace) -> None:
     train, test = load(args.data, args.test_share, args.seed)
+    if args.shots is not None:
+        train = train.few(args.shots, args.seed)
     vit, pixels = load_model(args.model)
     torch.manual_seed(args.seed)
     model = Backbone(vit, getattr(torch, args.dtype)).to(args.device)
     with ThreadPoolExecutor(args.workers) as pool:
         course = Classes(args, train, test, pixels, vit.config.hidden_size, pool)
         method = attach(args.method, model, vit_targets(args.parts), args.options)
-        run, resumes = start(args, samples=[len(train.sources), len(test.sources)], names=train.names)
+        run, resumes = start(args, course.groups, course.samples(), names=train.names)
         print(f"{course.tasks} tasks of {args.classes} classes, {len(train.sources)} images to learn from, "
               f"{len(test.sources)} to test on; {args.method} on {len(method.layers)} layers")  # fmt: skip
         learn_in_order(course, method, run, resumes, args.save_every)
     print(report(run, args.method))
+    save(args.out / "model", method, pixels, course.prototypes, train.names)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,6 +29,21 @@ class Images(NamedTuple):
         rows = torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten().tolist()
         return Images([self.sources[i] for i in rows], self.labels[rows], self.names)
 
+    def few(self, shots: int, seed: int) -> Images:
+        """So many of each class, drawn by the seed.
+
+        Raises:
+            Refused: a class of which there are fewer.
+        """
+        rows: list[int] = []
+        for label, name in enumerate(self.names):
+            of_class = (self.labels == label).nonzero().flatten()
+            if len(of_class) < shots:
+                raise Refused(f"--shots: got {shots}, but of {name} there are {len(of_class)} images to learn from")
+            order = torch.randperm(len(of_class), generator=generator(seed, "shots", name))
+            rows += of_class[order[:shots]].sort()[0].tolist()
+        return Images([self.sources[i] for i in rows], self.labels[rows], self.names)
+
 
 def load(folder: Path, test_share: float, seed: int) -> tuple[Images, Images]:
     """Training and test images: of train/CLASS/ and test/CLASS/; of CLASS/, split in this proportion class by class; or

@@ -27,6 +27,9 @@ class Tokens(Protocol):
     def answer(self, text: str) -> list[int]:
         """With what a text ends with."""
 
+    def save(self, folder: Path) -> None:
+        """Into a model's folder, where there is something to save."""
+
 
 class Bytes:
     """A token a byte of UTF-8, after three of its own."""
@@ -39,6 +42,9 @@ class Bytes:
 
     def answer(self, text: str) -> list[int]:
         return [*(byte + self.first for byte in text.encode()), self.eos]
+
+    def save(self, folder: Path) -> None:
+        """Nothing: this class is all of it."""
 
 
 class Pretrained:
@@ -62,6 +68,10 @@ class Pretrained:
 
     def answer(self, text: str) -> list[int]:
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def save(self, folder: Path) -> None:
+        """As transformers loads it."""
+        self.tokenizer.save_pretrained(folder)
 
 
 class Example(NamedTuple):

@@ -17,9 +17,20 @@ def test_blocks_come_in_their_order_whatever_that_of_the_layers() -> None:
     assert blocks_with(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), ["1", "0"]) == ["0", "1"]
 
 
-def test_the_outermost_list_is_that_of_the_blocks() -> None:
-    stages = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(3))
-    assert blocks_with(nn.ModuleDict({"stages": stages}), ["stages.2.1", "stages.0.0"]) == ["stages.0", "stages.2"]
+@pytest.mark.parametrize("sequence", [lambda *of: nn.ModuleList(of), nn.Sequential])
+def test_the_list_with_all_of_the_layers_is_that_of_the_blocks(sequence) -> None:
+    stages = sequence(*(sequence(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)))
+    model = nn.ModuleDict({"stages": stages})
+    assert blocks_with(model, ["stages.2.1", "stages.0.0", "stages.2.0"]) == ["stages.0", "stages.2"]
+    assert blocks_with(model, ["stages.1.1", "stages.1.0"]) == ["stages.1.0", "stages.1.1"]
+    assert blocks_with(model, ["stages.1.1"]) == ["stages.1.1"]
+
+
+def test_blocks_of_a_sequence_with_names_come_in_its_order() -> None:
+    model = nn.Sequential()
+    for name in ("stem", "late", "early"):
+        model.add_module(name, nn.Sequential(nn.Linear(2, 2)))
+    assert blocks_with(nn.Sequential(model), ["0.early.0", "0.late.0"]) == ["0.late", "0.early"]
 
 
 def test_layers_outside_of_one_list_are_refused() -> None:
@@ -31,10 +42,13 @@ def test_layers_outside_of_one_list_are_refused() -> None:
         "tied": nn.ModuleList([shared, shared]),
     }
     model = nn.ModuleDict(parts)
-    with pytest.raises(ValueError, match=r"targets: got stem, which is in no nn\.ModuleList"):
-        blocks_with(model, ["text.0", "stem"])
-    with pytest.raises(ValueError, match=r"targets: got layers of the lists image, text, expected those of one"):
-        blocks_with(model, ["text.0", "text.1", "image.1"])
+    for layers in (["text.0", "stem"], ["text.0", "text.1", "image.1"], ["stem"]):
+        with pytest.raises(
+            ValueError,
+            match=r"targets: got layers whose innermost common module is the model, ModuleDict, expected layers in the "
+            r"children of one nn\.ModuleList or nn\.Sequential",
+        ):
+            blocks_with(model, layers)
     with pytest.raises(ValueError, match=r"targets: got tied\.1, which stands in tied\.0 and tied\.1"):
         blocks_with(model, ["tied.0", "tied.1"])
 
@@ -116,6 +130,11 @@ def test_the_exit_is_the_first_token_through_the_last_norm_outside_of_the_blocks
     model.last = nn.ModuleDict({"norm": nn.LayerNorm(8)})
     nn.init.normal_(model.last["norm"].weight)
     torch.testing.assert_close(class_token_exit(model, hidden), model.last["norm"](hidden)[:, 0])
+    model.blocks = nn.Sequential(*model.blocks)
+    assert torch.equal(class_token_exit(model, hidden), model.last["norm"](hidden)[:, 0])
+    model.last = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2))
+    nn.init.normal_(model.last[0].weight)
+    assert torch.equal(class_token_exit(model, hidden), model.last[0](hidden)[:, 0])
     del model.last, model.norm
     with pytest.raises(ValueError, match=r"model: got TinyViT without an nn\.LayerNorm outside of its blocks"):
         class_token_exit(model, hidden)

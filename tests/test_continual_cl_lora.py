@@ -40,6 +40,8 @@ def test_blocks_may_be_the_targets_themselves() -> None:
                 x = torch.tanh(step(x))
             return x
 
+    with pytest.raises(ValueError, match=r"targets: got layers of steps\.1 alone, expected those of at least 2 blocks"):
+        CLLoRA(Chain(), ["1"], r=2)
     method = CLLoRA(Chain(), ["0", "1", "2"], r=2, exit=lambda model, hidden: 2 * hidden)
     assert list(method.shared) == ["steps.0"] and list(method.specific) == ["steps.1", "steps.2"]
     x, names = torch.randn(5, 3), []
@@ -233,8 +235,12 @@ def test_what_was_kept_goes_to_the_device_where_it_is_used() -> None:
 def test_targets_that_do_not_fit_leave_the_model_alone() -> None:
     model = TinyViT()
     for targets, message in (
-        (["blocks.1.q", "blocks.1.v"], r"targets: got layers of blocks\.1 alone, expected those of at least 2 blocks"),
-        (["q", "embed"], r"targets: got embed, which is in no nn\.ModuleList"),
+        (["blocks.1.q", "blocks.1.v"], r"targets: got layers whose innermost common module is blocks\.1, Block, expec"),
+        (["blocks.1.q"], r"targets: got layers whose innermost common module is blocks\.1, Block, expected"),
+        (
+            ["q", "embed"],
+            r"targets: got layers whose innermost common module is the model, TinyViT, expected layers in",
+        ),
         (["nothing"], r"targets: got \['nothing'\], which swaps nothing"),
     ):
         with pytest.raises(ValueError, match=message):

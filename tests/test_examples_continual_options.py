@@ -10,6 +10,7 @@ from sequences import TARGETS, Net
 
 from clora_kernels.continual import CLoRA
 
+DEFAULTS = {"method": "c-lora", "epochs": 1, "batch": 1, "seed": 0}
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -34,7 +35,7 @@ def test_options_that_were_given_stay_and_others_come_from_the_first_that_has_th
 
 
 def test_further_options_reach_the_method_with_their_types(options, tmp_path, capsys) -> None:
-    parser = options.parser_of("Doc.", ("c-lora",), {})
+    parser = options.parser_of("Doc.", ("c-lora",), {}, DEFAULTS)
     given = required(tmp_path)
     args = parser.parse_args([*given, "--r", "3", "--set", "orthogonality=0.5", "--set", "basis=full"])
     options.check(parser, args)
@@ -79,7 +80,7 @@ def test_every_method_has_its_options_with_the_types_of_its_signature(options) -
     ],
 )
 def test_further_options_have_the_types_of_the_signature(options, tmp_path, method, text, value) -> None:
-    parser = options.parser_of("Doc.", tuple(options.METHODS), {})
+    parser = options.parser_of("Doc.", tuple(options.METHODS), {}, DEFAULTS)
     args = parser.parse_args([*required(tmp_path, method), "--set", text])
     options.check(parser, args)
     assert list(args.options.values()) == [value] and type(args.options[text.partition("=")[0]]) is type(value)
@@ -106,7 +107,7 @@ def test_further_options_have_the_types_of_the_signature(options, tmp_path, meth
 def test_further_options_that_the_method_does_not_take_are_refused(
     options, tmp_path, capsys, method, text, message
 ) -> None:
-    parser = options.parser_of("Doc.", tuple(options.METHODS), {})
+    parser = options.parser_of("Doc.", tuple(options.METHODS), {}, DEFAULTS)
     with pytest.raises(SystemExit) as stop:
         options.check(parser, parser.parse_args([*required(tmp_path, method), "--set", text]))
     assert stop.value.code == 2 and f"--set: {message}" in capsys.readouterr().err

@@ -90,7 +90,8 @@ def features_of(model: nn.Module, colours: list[int]) -> Tensor:
 def course(modules):
     """Two tasks of two classes; the test images of a class have the colour of the task's other class."""
     args = Namespace(seed=3, classes=2, tasks=None, batch=3, epochs=2, workers=1, device="cpu", head_scale=2.0,
-                     optimizer="sgd", lr=LR, lr_end=0.0, weight_decay=DECAY)  # fmt: skip
+                     optimizer="sgd", lr=LR, lr_end=0.0, weight_decay=DECAY,
+                     lr_routing=None, steps=None)  # fmt: skip
     order = modules.vit.class_order(4, args.seed)
     swapped = dict(zip(order, (COLOURS[order[i]] for i in (1, 0, 3, 2)), strict=True))
     with ThreadPoolExecutor(1) as pool:
@@ -179,7 +180,8 @@ def test_every_step_is_in_training_mode_and_every_test_sees_the_task_ended(modul
 
 def test_the_first_steps_on_texts_are_sgd_on_the_loss_of_an_answers_token(modules) -> None:
     text = modules.text
-    args = Namespace(seed=3, batch=2, accumulate=2, epochs=1, device="cpu", optimizer="sgd", lr=LR, weight_decay=DECAY)
+    args = Namespace(seed=3, batch=2, accumulate=2, epochs=1, device="cpu", optimizer="sgd", lr=LR, lr_routing=None,
+                     weight_decay=DECAY)  # fmt: skip
     tokens = text.Bytes()
     examples = [text.Example(tokens.prompt("ab" * n), tokens.answer("c" * (7 * n % 5 + 1))) for n in range(1, 7)]
     assert len({len(example.answer) for example in examples}) == 5

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from image_tasks import CLASSES, arguments, stop_at, told, write_data, write_image, write_model
 
-from clora_kernels.continual import ContinualMethod, RunDirectory
+from clora_kernels.continual import RunDirectory
 from clora_kernels.continual.checkpoint import read_states
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-CLASSES = ("ape", "bee", "cat", "dog")
 
 
 @pytest.fixture(scope="module")
@@ -33,60 +33,12 @@ def example():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
-                       intermediate_size=32)  # fmt: skip
-    folder = tmp_path_factory.mktemp("vit")
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
-    return folder
-
-
-def write_image(path: Path, label: int, number: int, size: tuple[int, int] = (12, 10)) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    random = torch.Generator().manual_seed(1000 * label + number)
-    pixels = torch.randint(0, 60, (size[1], size[0], 3), generator=random) + 45 * torch.tensor(
-        [label, (label * 3) % 4, 3 - label]
-    )
-    Image.frombytes("RGB", size, bytes(pixels.flatten().tolist())).save(path)
+    return write_model(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for label, name in enumerate(CLASSES):
-        for number in range(10):
-            write_image(folder / "train" / name / f"{number}.png", label, number)
-        for number in range(4):
-            write_image(folder / "test" / name / "more" / f"{number}.JPG", label, 100 + number)
-    return folder
-
-
-def arguments(model: Path, data: Path, out: Path, *more: str, method: str = "c-lora") -> list[str]:
-    given = {"--model": model, "--data": data, "--out": out, "--method": method, "--classes": 2, "--epochs": 2}
-    given |= {"--batch": 8, "--save-every": 2, "--log-every": 3, "--lr": 0.1, "--device": "cpu", "--workers": 2}
-    return [str(x) for pair in given.items() for x in pair] + list(more)
-
-
-def told(out: Path) -> list[Any]:
-    return [(li["event"], li["task"], li["values"]) for li in RunDirectory(out).lines() if li["event"] != "resume"]
-
-
-def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
-    """The step of that number ends as by a key."""
-    step, calls = ContinualMethod.training_step, []
-
-    def counted(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    patch.setattr(ContinualMethod, "training_step", counted)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 RUNS = {
@@ -135,7 +87,7 @@ def test_what_a_run_found_is_in_its_log(example, model, data, tmp_path, capsys) 
     assert found.samples.tolist() == [8, 8] and found.accuracy[0, 0] == found.task_masked[0]
     assert found.accuracy[1, 1] <= found.task_masked[1] and found.task_masked.min() > 0.5
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["names"], config["samples"], config["optimizer"]) == (list(CLASSES), [40, 16], "sgd")
+    assert (config["names"], config["samples"], config["optimizer"]) == (list(CLASSES), [[20, 8], [20, 8]], "sgd")
     # A run that has ended has nothing left to do.
     example.main([*arguments(model, data, tmp_path), "--resume"])
     assert "resumed: after task 2, step 6\n| method" in capsys.readouterr().out
@@ -251,6 +203,9 @@ def test_images_that_do_not_fit_are_refused(example, model, tmp_path, capsys) ->
     ("more", "message"),
     [
         (["--epochs", "0"], "--epochs: got 0, expected at least 1"),
+        (["--steps", "5"], "--steps: got 5 and --epochs 2, expected one of them"),
+        (["--shots", "0"], "--shots: got 0, expected at least 1"),
+        (["--shots", "11"], "--shots: got 11, but of ape there are 10 images to learn from"),
         (["--lr", "0"], "--lr: got 0.0, expected a finite number above 0"),
         (["--weight-decay", "-1"], "--weight-decay: got -1.0, expected a finite number of at least 0"),
         (["--test-share", "1"], "--test-share: got 1.0"),
@@ -280,13 +235,25 @@ def test_presets_are_settings_that_options_override(example, tmp_path) -> None:
         "cl-lora-imagenet-r": ("cl-lora", 5, 10, 20, 0.05, 32, 5e-4, "sgd", 0.0, 1993),
         "cl-lora-imagenet-a": ("cl-lora", 20, 10, 25, 0.05, 32, 5e-3, "sgd", 0.0, 1993),
         "cl-lora-vtab": ("cl-lora", 10, 10, 45, 0.03, 32, 1e-4, "sgd", 0.0, 1993),
+        "dac": ("dac", 10, 12, None, 2e-3, 32, 1e-2, "adamw", 1e-6, 1993),
     }
     assert published.keys() == example.PRESETS.keys()
+    _, args = example.parse([*given, "--preset", "dac"])
+    assert (args.steps, args.shots, len(args.parts)) == (500, 5, 6)
     for preset, values in published.items():
         _, args = example.parse([*given, "--preset", preset])
         assert tuple(getattr(args, name) for name in names) == values
-        assert args.options == {"r": values[2]} and args.parts == ("q", "v") and args.head_scale == 1.0
+        assert args.options == {"r": values[2]}
+        if preset != "dac":
+            assert args.parts == ("q", "v") and args.head_scale == 1.0 and args.steps is args.shots is None
     _, args = example.parse([*given, "--preset", "cl-lora-vtab", "--method", "dac", "--lr", "0.5"])
     assert (args.method, args.lr, args.optimizer, args.epochs, len(args.parts)) == ("dac", 0.5, "sgd", 45, 6)
+    for preset, length, found in (
+        ("dac", ["--epochs", "3"], (3, None)),
+        ("dac", ["--steps", "3"], (None, 3)),
+        ("cl-lora-vtab", ["--steps", "3"], (None, 3)),
+    ):
+        _, args = example.parse([*given, "--preset", preset, *length])
+        assert (args.epochs, args.steps) == found
     _, args = example.parse([*given, "--method", "dac"])
     assert (args.optimizer, args.lr, args.lr_end, args.weight_decay, args.options) == ("adamw", 2e-3, 1e-6, 1e-2, {})

@@ -8,33 +8,39 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+# What runs its children one after the other, or is there for a forward that does.
+SEQUENCES = (nn.ModuleList, nn.Sequential)
 
 
 def blocks_with(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names of the blocks that hold these layers, in their order: children of the one nn.ModuleList that they all
-    are in; where lists lie within lists, the outermost.
+    """The names of the blocks that hold these layers, in their order: children of the nn.ModuleList or nn.Sequential
+    that is the innermost module with all of the layers in it.
 
     Raises:
-        ValueError: a layer that is in no nn.ModuleList, layers in several, or one that stands in several blocks.
+        ValueError: layers whose innermost common module is no such list; one that stands in several blocks.
     """
-    found: dict[tuple[str, int], str] = {}
+    layers = list(layers)
+    paths = [layer.split(".") for layer in layers]
+    depth = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]) - 1)
+    parent = ".".join(paths[0][:depth])
+    sequence = model.get_submodule(parent)
+    if not isinstance(sequence, SEQUENCES):
+        raise ValueError(
+            f"targets: got layers whose innermost common module is {parent or 'the model'}, {type(sequence).__name__}, "
+            "expected layers in the children of one nn.ModuleList or nn.Sequential"
+        )
     block_of: dict[nn.Module, str] = {}
-    for layer in layers:
-        path = layer.split(".")
-        lists = (i for i in range(len(path)) if isinstance(model.get_submodule(".".join(path[:i])), nn.ModuleList))
-        depth = next(lists, None)
-        if depth is None:
-            raise ValueError(f"targets: got {layer}, which is in no nn.ModuleList, expected layers of its children")
-        block = found[".".join(path[:depth]), int(path[depth])] = ".".join(path[: depth + 1])
+    for layer, path in zip(layers, paths, strict=True):
+        block = ".".join(path[: depth + 1])
         if block_of.setdefault(module := model.get_submodule(layer), block) != block:
             raise ValueError(
                 f"targets: got {layer}, which stands in {block_of[module]} and {block}, expected a layer of one block"
             )
-    several = sorted({name for name, _ in found})
-    if len(several) > 1:
-        raise ValueError(f"targets: got layers of the lists {', '.join(several)}, expected those of one nn.ModuleList")
-    return [found[place] for place in sorted(found)]
+    held = {path[depth] for path in paths}
+    return [".".join([*paths[0][:depth], child]) for child in sequence._modules if child in held]
 
 
 class _Left(Exception):
@@ -46,7 +52,8 @@ class _Left(Exception):
 
 
 def output_of(block: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """The hidden states that ``block`` puts out within ``run()``, which ends there.
+    """The hidden states that ``block`` puts out within ``run()``, which ends there; what is compiled runs as it is
+    written.
 
     Raises:
         RuntimeError: ``run`` does not call the block.
@@ -58,7 +65,9 @@ def output_of(block: nn.Module, run: Callable[[], Any]) -> Tensor:
 
     handle = block.register_forward_hook(leave)
     try:
-        run()
+        # A compiled forward does not look at hooks that came after it was traced.
+        with torch.compiler.set_stance("force_eager"):
+            run()
     except _Left as left:
         hidden = left.output if isinstance(left.output, Tensor) else left.output[0]
     else:
@@ -89,7 +98,7 @@ class _Once:
 def computed_once(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Within, without gradients, ``model`` computes these blocks in its first run and takes their outputs from there in
     every later one: for runs that differ in what comes after the blocks alone. Hooks of a block see every run, those of
-    its parts the first."""
+    its parts the first. What is compiled runs as it is written."""
     forwards = {block: _Once(block.forward) for block in blocks}
     patched = {block: block.__dict__["forward"] for block in blocks if "forward" in block.__dict__}
 
@@ -101,7 +110,8 @@ def computed_once(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Non
     try:
         for block, once in forwards.items():
             block.__dict__["forward"] = once
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         handle.remove()
         for block in blocks:

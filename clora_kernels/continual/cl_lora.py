@@ -50,9 +50,10 @@ Q_AND_V = vit_targets(("q", "v"))
 class CLLoRA(ContinualMethod):
     """CL-LoRA on the targets of a model; see the module's docstring and :class:`ContinualMethod`.
 
-    The blocks are the children of the nn.ModuleList that holds the targets, those without a target left out; the first
-    half of them (rounded down) is shared. ``begin_task`` needs the task's head from the second task on, and ``views()``
-    are the tasks begun so far, of which the one that runs is tested as it is.
+    The blocks are the children of the nn.ModuleList or nn.Sequential that holds the targets, those without a target
+    left out; the first half of them (rounded down) is shared. ``begin_task`` needs the task's head from the second task
+    on, and ``views()`` are the tasks begun so far, of which the one that runs is tested as it is. A model that is
+    compiled is left early, and tested, uncompiled.
 
     Args:
         model, targets: as in :class:`ContinualMethod`.
@@ -74,7 +75,7 @@ class CLLoRA(ContinualMethod):
 
     Raises:
         ValueError: a number out of range; no layer of the model matches; targets in fewer than two blocks or outside of
-            the children of one nn.ModuleList.
+            the children of one nn.ModuleList or nn.Sequential.
         TypeError: a number that is none; ``reassignment`` that is no bool, ``exit`` that cannot be called.
     """
 

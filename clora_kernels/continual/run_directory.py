@@ -1,7 +1,9 @@
 """The folder of one run, which can be stopped at any moment and resumed: what it was started with, what happened, where
 it stands.
 
-    config.json             what the run was started with; it is resumed with the same or not at all
+    config.json             what the run was started with, and the versions of the packages that it was started by; it
+                            is resumed with the same or not at all, but that lists which may grow (of tasks, say) are
+                            longer; other versions are warned of
     log.jsonl               a JSON object a line: time (seconds since 1970), event, task, values
     checkpoint.safetensors  method, further objects, random generators, and how far log and task were
 
@@ -17,7 +19,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from .checkpoint import SavedRun, check_settings, read_states, save_run
 from .metrics import TaskAccuracies
 from .protocol import ContinualMethod
+from .run_config import VERSIONS, check_config, read_config, versions, warn_of_versions
 
 VERSION = 1
 
@@ -69,21 +72,27 @@ class RunDirectory:
         except OSError as error:
             raise type(error)(f"path: got {str(path)!r}, which cannot be made: {error.strerror}") from None
 
-    def start(self, config: Mapping[str, Any], resume: bool = False) -> bool:
+    def start(self, config: Mapping[str, Any], resume: bool = False, *, growing: Collection[str] = ()) -> bool:
         """Begin a run, or resume the one that is there; whether there is a checkpoint to ``load``.
 
         Args:
             config: what decides the results, as JSON has it: numbers, strings, lists and dicts of them.
             resume: go on with the run that is there; where none is, a new one starts.
+            growing: names of lists in ``config`` that may be longer than those of the run that is there, where they
+                begin as those do: what a run learned is the same whatever tasks come later.
 
         Raises:
             FileExistsError: a run is there, and ``resume`` is False.
             FileNotFoundError: some of the files of a run are there, others that must be are not.
             OSError: the folder cannot be written.
             TypeError: a ``config`` that JSON does not have.
-            ValueError: the run was started with another ``config``, or written by another version.
+            ValueError: the run was started with another ``config``, or written by another version; a ``config`` that
+                tells of "versions" itself.
         """
         mine = json.loads(json.dumps(dict(config)))
+        if VERSIONS in mine:
+            raise ValueError(f"config: got {VERSIONS!r}, expected a config without, which the run adds")
+        theirs: dict[str, Any] = {}
         there = [file for file in (self.config_file, self.log_file, self.checkpoint_file) if file.exists()]
         if there and not resume:
             raise FileExistsError(f"path: {str(self.path)!r} holds a run, expected an empty folder or resume")
@@ -92,33 +101,23 @@ class RunDirectory:
                 raise FileNotFoundError(f"path: {str(self.path)!r} holds {by.name} but no {needed.name}")
         try:
             if there:
-                self._check_config(mine)
+                theirs = read_config(self.config_file)
+                check_config(mine, theirs, str(self.path), growing)
             if self.log_file in there:
                 self._check_version()
-            if self.checkpoint_file in there:
+            going_on = self.checkpoint_file in there
+            if going_on:
+                warn_of_versions(theirs, str(self.path))
+            new = {**theirs, **mine} if going_on else {**mine, VERSIONS: versions()}
+            if new != theirs:
+                # Before the log: one without its config is refused.
+                _replace(self.config_file, json.dumps(new, indent=1) + "\n")
+            if going_on:
                 return True
-            # In this order: a log without its config is refused.
-            _replace(self.config_file, json.dumps(mine, indent=1) + "\n")
             _replace(self.log_file, _line("run", 0, {"version": VERSION}))
         except OSError as error:
             raise type(error)(f"path: {str(self.path)!r} cannot be written: {error}") from None
         return False
-
-    def _check_config(self, mine: dict[str, Any]) -> None:
-        try:
-            theirs = dict(json.loads(self.config_file.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"path: got {str(self.config_file)!r}, which is no JSON object") from None
-        absent = object()
-        other = [
-            f"{key} ({', '.join('absent' if c is absent else repr(c) for c in values)})"
-            for key in sorted(theirs.keys() | mine.keys())
-            if (values := (mine.get(key, absent), theirs.get(key, absent)))[0] != values[1]
-        ]
-        if other:
-            raise ValueError(
-                f"config: differs from that of the run in {str(self.path)!r} in (got, expected) {'; '.join(other)}"
-            )
 
     def _check_version(self) -> None:
         try:

@@ -15,7 +15,7 @@ does not grow with tasks. For task i = 1, 2, ...:
 A⁰ drops R_q, so the function that is trained jumps at the start of a task. Within a task the merged pair is what it
 would be if the task ended now. Not published; here: a row of A_ft that depends on those before it (the paper's Q has
 some orthonormal row there) is drawn anew as :func:`clora_kernels.gram_schmidt` completes a basis; pairs are merged in
-the adapter's dtype, fp32 under 16-bit weights.
+the adapter's dtype, fp32 under 16-bit weights; s = 1 and no dropout, of which the paper tells neither.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ def vit_targets(parts: Iterable[str] = ("q", "v", "fc1", "fc2")) -> str:
 
 
 def class_token_exit(model: nn.Module, hidden: Tensor) -> Tensor:
-    """[S, d]: the first token of ``hidden [S, tokens, d]`` through the last nn.LayerNorm of the model that is in no
-    nn.ModuleList, so outside of its blocks.
+    """[S, d]: the first token of ``hidden [S, tokens, d]`` through the last nn.LayerNorm of the model that is outside
+    of its blocks: in no nn.ModuleList, and in no child of an nn.Sequential of which several have norms within.
 
     Raises:
         ValueError: the model has no such norm.
     """
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if _has_blocks(module))
     norms = [m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not n.startswith(blocks)]
     if not norms:
         raise ValueError(
@@ -50,3 +50,9 @@ def class_token_exit(model: nn.Module, hidden: Tensor) -> Tensor:
         )
     features: Tensor = norms[-1](hidden[:, 0])
     return features
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, nn.ModuleList)
+    return sum(any(isinstance(part, nn.LayerNorm) for part in child.modules()) for child in module) > 1

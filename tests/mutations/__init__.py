@@ -46,6 +46,7 @@ from .routed_lora_triton_common import TRITON_COMMON
 from .routed_lora_triton_linear import TRITON_LINEAR
 from .routed_lora_triton_small import TRITON_SMALL
 from .routed_lora_tune import TUNE
+from .run_config import RUN_CONFIG
 from .run_directory import RUN_DIRECTORY
 from .slao import SLAO
 from .trainer import TRAINER
@@ -100,6 +101,7 @@ MUTANTS: list[Mutant] = [
     *TRAINER,
     *DAC,
     *RUN_DIRECTORY,
+    *RUN_CONFIG,
     *DIGITS,
     *EXAMPLES,
     *PARALLEL,

@@ -92,3 +92,71 @@ EXAMPLES += mutants_of(
          "if (folder / part).exists()]:", "if (folder / part).is_file()]:"),
     ],
 )  # fmt: skip
+FURTHER = ("tests/test_examples_continual_further.py",)
+EXAMPLES += mutants_of(
+    "examples/continual_run.py",
+    "example-further",
+    FURTHER,
+    [
+        ("nothing-grows", "a run takes no further tasks", 'GROWING = ("tasks", "samples")', "GROWING = ()"),
+        ("other-samples", "tasks may change", '"tasks": tasks, "samples": samples}', '"tasks": tasks}'),
+        ("first-view", "the first task's model is saved for the last's",
+         "*others, last = method.views()", "last, *others = method.views()"),
+        ("views-whole", "a view's file holds the whole model again",
+         " if not torch.equal(t, weights[name])}", "}"),
+        ("one-rate", "routing has no rate of its own", '{"lr_routing": args.lr_routing}', "{}"),
+        ("epochs-cut", "a full batch ends with an epoch",
+         "(start + batch - 1) // samples + 1", "start // samples + 1"),
+        ("epoch-from-its-start", "an epoch that a batch began in goes on from its start",
+         "max(start - epoch * samples, 0) :", "0 :"),
+        ("same-order-again", "every epoch of full batches has the same order",
+         "generator=generator(*what, epoch)).tolist()\n        rows",
+         "generator=generator(*what)).tolist()\n        rows"),
+    ],
+)  # fmt: skip
+EXAMPLES += mutants_of(
+    "examples/continual_vit.py",
+    "example-further",
+    FURTHER,
+    [
+        ("schedule-by-epochs", "steps are scheduled by epochs",
+         "full_rows_of, args.steps, 1", "full_rows_of, args.steps, 2"),
+        ("short-batches", "the last batch of an epoch is smaller", "= full_rows_of, args", "= rows_of, args"),
+        ("all-shots", "all images are learned from",
+         "train = train.few(args.shots, args.seed)", "train.few(args.shots, args.seed)"),
+        ("names-change", "classes may change", ", names=train.names)", ")"),
+    ],
+)  # fmt: skip
+EXAMPLES += mutants_of(
+    "examples/vit_files.py",
+    "example-vit-files",
+    ("tests/test_examples_continual_further.py", "tests/test_examples_continual_vit.py"),
+    [
+        ("missing-weights", "a model that lacks weights is taken",
+         '    if loaded["missing_keys"]:\n', "    if False:\n"),
+        ("pixels-lost", "the saved model does not tell how it wants its images",
+         'wants |= {"image_mean": pixels.mean, "image_std": pixels.std}', "wants |= {}"),
+        ("one-task", "all classes are the first task's",
+         "torch.full_like(classes, task)", "torch.full_like(classes, 1)"),
+    ],
+)  # fmt: skip
+EXAMPLES += mutants_of(
+    "examples/continual_text.py",
+    "example-further",
+    FURTHER,
+    [
+        ("first-loss", "the table has the loss of the first test",
+         '*_, last = run.lines("test")', 'last, *_ = run.lines("test")'),
+        ("summed-loss", "losses are summed over tasks", "sum(losses) / len(losses)", "sum(losses)"),
+    ],
+)  # fmt: skip
+EXAMPLES += mutants_of(
+    "examples/continual_options.py",
+    "example-further",
+    FURTHER,
+    [
+        ("one-line", "--help tells the first line", "description=doc,", "description=doc.splitlines()[0],"),
+        ("routing-anywhere", "a rate of routing is taken where there is none",
+         'if args.lr_routing is not None and "lr_routing" not in', 'if args.lr_routing is not None and "lr" not in'),
+    ],
+)  # fmt: skip
