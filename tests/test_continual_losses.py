@@ -15,6 +15,7 @@ from clora_kernels.continual import (
     routing_orthogonality,
     soft_cross_entropy,
 )
+from clora_kernels.continual.losses import relative_norm
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -111,6 +112,16 @@ def test_low_rank_norm_keeps_the_digits_of_a_small_difference() -> None:
     A, B, step = normal(50, 4), normal(40, 4), 1e-9 * normal(50, 4)
     norm = low_rank_norm(torch.cat([A, A + step], 1), torch.cat([B, -B], 1))
     assert float(norm / low_rank_norm(step, B)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_change_is_relative_to_what_there_was_and_divergence_is_not_hidden() -> None:
+    left, right, zero = normal(5, 2), normal(4, 2), torch.zeros(5, 2, dtype=torch.float64)
+    change, whole = (left, 0.5 * right), (left, right)
+    assert relative_norm([(change, whole), (change, whole)]) == pytest.approx(0.5, rel=1e-12)
+    assert relative_norm([]) is None and relative_norm([(change, (zero, right))]) is None
+    for lost in (left * math.nan, left * torch.tensor([1.0, math.nan])):
+        assert math.isnan(relative_norm([(change, whole), ((lost, right), whole)]))
+        assert math.isnan(relative_norm([(change, whole), (change, (lost, right))]))
 
 
 def test_full_energy_takes_the_rank_and_no_rounding():

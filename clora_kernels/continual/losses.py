@@ -139,12 +139,12 @@ def check_number(name: str, value: float) -> None:
 
 def relative_norm(parts: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]) -> float | None:
     """‖changes‖_F/‖wholes‖_F over all parts, each a change and a whole as :func:`low_rank_norm` takes a product; None
-    where the wholes are zero."""
+    where the wholes are zero, NaN where a number is NaN."""
     changed, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for change, of in parts:
         changed += low_rank_norm(*change).square().cpu()
         whole += low_rank_norm(*of).square().cpu()
-    return float((changed / whole).sqrt()) if whole > 0 else None
+    return None if whole == 0 else float((changed / whole).sqrt())
 
 
 def low_rank_norm(left: Tensor, right: Tensor) -> Tensor:
