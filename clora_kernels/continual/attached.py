@@ -47,7 +47,8 @@ class AttachedLayers:
         self.layers = self.attach(targets)
 
     def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
-        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
+        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once. Warns of each
+        target without a layer and of each layer that is left alone."""
         layers: dict[str, AdapterLinear] = {}
         report = inject(self.model, self.make_layer, targets)
         for name in report.swapped:
@@ -59,6 +60,8 @@ class AttachedLayers:
         for target in report.unmatched:
             warnings.warn(f"targets: {target!r} matched no layer", stacklevel=4)
         freeze_base(self.model)
+        for name, why in report.left:
+            warnings.warn(f"targets: {name} was left alone: {why}", stacklevel=4)
         return layers
 
     def make_layer(self, linear: nn.Module) -> AdapterLinear:
