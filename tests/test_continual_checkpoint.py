@@ -12,7 +12,7 @@ from methods import METHODS
 from sequences import TARGETS, Net, batch, learn
 from torch import Tensor, nn
 
-from clora_kernels.continual import CLoRA, load_run, save_run
+from clora_kernels.continual import CLoRA, SequentialLoRA, load_run, save_run
 
 
 class Session:
@@ -146,3 +146,27 @@ def test_the_settings_are_the_options_with_their_defaults() -> None:
     }  # fmt: skip
     copied = copy.deepcopy(METHODS["slao"](Net()))
     assert copied.settings == METHODS["slao"](Net()).settings
+
+
+class ByPlace(SequentialLoRA):
+    """A method with an option that may be given by its place."""
+
+    def __init__(self, model: nn.Module, targets: Any, strength: float = 1.0, **layer: Any) -> None:
+        super().__init__(model, targets, **layer)
+        self.strength = strength
+
+
+def test_an_option_given_by_its_place_is_among_the_settings(tmp_path) -> None:
+    base = Net()
+    by_place, by_name = (
+        ByPlace(copy.deepcopy(base), "first|second", 5.0, r=2),
+        ByPlace(base, TARGETS, strength=5.0, r=2),
+    )
+    assert by_place.settings == by_name.settings == {
+        "method": "ByPlace", "strength": 5.0, "train": "always", "r": 2, "scaling": 1.0, "dropout_p": 0.0,
+    }  # fmt: skip
+    assert ByPlace(Net(), TARGETS).settings["strength"] == 1.0
+    path = save_run(tmp_path / "run", by_place)
+    with pytest.raises(ValueError, match=r"of a method with \{'strength': 5.0\}, expected \{'strength': 7.0\}"):
+        load_run(path, ByPlace(Net(), TARGETS, 7.0, r=2))
+    assert copy.deepcopy(by_place).settings == by_place.settings

@@ -30,14 +30,15 @@ class AttachedLayers:
         layers: the adapted layers by their names in the model.
         own: parameters of the method that belong to no layer, by name.
         kept: tensors that the method carries from task to task, by name.
-        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``.
+        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``:
+            every parameter of ``__init__`` but ``model`` and ``targets``.
     """
 
     settings: dict[str, Any]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         self = super().__new__(cls)
-        self.settings = _settings(cls, options)
+        self.settings = _settings(cls, args, options)
         return self
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
@@ -59,9 +60,9 @@ class AttachedLayers:
                 layers[name] = layer
         for target in report.unmatched:
             warnings.warn(f"targets: {target!r} matched no layer", stacklevel=4)
-        freeze_base(self.model)
         for name, why in report.left:
             warnings.warn(f"targets: {name} was left alone: {why}", stacklevel=4)
+        freeze_base(self.model)
         return layers
 
     def make_layer(self, linear: nn.Module) -> AdapterLinear:
@@ -242,12 +243,14 @@ class AttachedLayers:
         return adapters, own, kept
 
 
-def _settings(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(cls: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"method": cls.__name__}
+    places: list[str] = []
     for ancestor in reversed(cls.__mro__):
         if "__init__" in vars(ancestor):
-            parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
-            settings |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    settings |= options
-    plain = (bool, int, float, str, type(None))
-    return {name: value for name, value in settings.items() if isinstance(value, plain) and name != "backend"}
+            parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[1:]
+            settings |= {p.name: p.default for p in parameters}
+            places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    settings |= {**dict(zip(places, args, strict=False)), **options}
+    plain, other = (bool, int, float, str, type(None)), ("model", "targets", "backend")
+    return {name: value for name, value in settings.items() if isinstance(value, plain) and name not in other}
