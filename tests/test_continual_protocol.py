@@ -121,6 +121,29 @@ def test_tasks_begin_and_end_in_turn() -> None:
     assert (method.task, method.in_task) == (1, False)
 
 
+@pytest.mark.parametrize("name", ["lora", "dac"])
+def test_a_model_in_eval_mode_is_not_trained(name: str) -> None:
+    """DAC would count nothing and keep the first experts, whichever learned."""
+    method = METHODS[name](Net())
+    learn(method, 1)
+    method.begin_task()
+    method.outputs(batch(9, 9)[0])  # which leaves the mode as it was
+    optimizer = torch.optim.SGD(method.param_groups(0.1))
+    method.model.eval()
+    before = {k: v.clone() for k, v in {**method.state_dict(), **method.model.state_dict()}.items()}
+    x, labels = batch(2, 0)
+
+    def step() -> dict[str, Tensor]:
+        return method.training_step(x, lambda: F.cross_entropy(method.model(x), labels), optimizer)
+
+    with pytest.raises(RuntimeError, match=r"model: got one in eval mode, .* expected model\.train\(\) first"):
+        step()
+    after = {**method.state_dict(), **method.model.state_dict()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    method.model.train()
+    step()
+
+
 def test_what_learns_in_which_task() -> None:
     for name, first, later in (
         ("lora", 4, 4),

@@ -209,13 +209,15 @@ class ContinualMethod(AttachedLayers):
             Every loss by name, detached ("task" is the task's own), without a host sync.
 
         Raises:
-            RuntimeError: outside a task.
+            RuntimeError: outside a task; a model in eval mode.
             ValueError: no loss.
         """
         if not task_loss:
             raise ValueError(f"task_loss: got {task_loss!r}, expected a function or several")
         if not self.in_task:
             raise RuntimeError("training_step: no task is being learned, expected begin_task() first")
+        if not self.model.training:  # without dropout, and nothing would be counted for DAC to choose by
+            raise RuntimeError("model: got one in eval mode, as from_pretrained gives it, expected model.train() first")
         if not self._optimizer_checked:
             self.check_optimizer(optimizer)
             self._optimizer_checked = True
