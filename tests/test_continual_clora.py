@@ -114,6 +114,18 @@ def test_a_full_basis_is_all_there_is_where_the_old_routing_has_full_rank() -> N
         torch.testing.assert_close(loss, sum(R.square().sum() for R in method.routings()))
 
 
+def test_what_the_task_found_goes_to_the_device_where_it_is_used() -> None:
+    """The device of tensors without values is one that others cannot be mixed with."""
+    method = clora()
+    learn(method, 1)
+    method.begin_task()
+    method.model.to("meta")
+    (loss,) = method.extra_losses().values()
+    (layer,) = (layer for name, layer in method.routed() if name == "first")
+    change, whole = method._moved("first", layer)
+    assert loss.is_meta and all(t.is_meta for t in (*change, *whole))
+
+
 def test_no_weight_no_loss() -> None:
     method = clora(orthogonality=0.0)
     learn(method, 1)

@@ -121,6 +121,32 @@ def test_tasks_begin_and_end_in_turn() -> None:
     assert (method.task, method.in_task) == (1, False)
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_may_move_within_a_task(name: str, loaded: bool) -> None:
+    """To another dtype, which stands for another device."""
+    base = Net()
+    method = METHODS[name](copy.deepcopy(base))
+    learn(method, 1)
+    method.begin_task()
+    if loaded:
+        state, method = method.state_dict(), METHODS[name](base)
+        method.load_state_dict(state)
+    method.model.double()
+    for task in (2, 3):
+        optimizer = torch.optim.SGD(method.param_groups(0.1))
+        x, labels = batch(task, 0)
+        method.model.out.requires_grad_()  # a method may train nothing in a later task
+        losses = method.training_step(
+            x.double(), lambda x=x, y=labels: F.cross_entropy(method.model(x.double()), y), optimizer
+        )
+        assert {loss.dtype for loss in losses.values()} == {torch.float64} and all(map(torch.isfinite, losses.values()))
+        assert len(losses) == (1 if name == "slao" or name.startswith("lora") else 2)
+        method.end_task()
+        assert method.outputs(x.double())[0].dtype == torch.float64
+        method.begin_task()
+
+
 @pytest.mark.parametrize("name", ["lora", "dac"])
 def test_a_model_in_eval_mode_is_not_trained(name: str) -> None:
     """DAC would count nothing and keep the first experts, whichever learned."""

@@ -232,8 +232,8 @@ class CLLoRA(ContinualMethod):
 
     def _old_block_weights(self) -> Tensor:
         """[task − 1, n]."""
-        old = [self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)]
-        return torch.stack(old).to(next(iter(self.specific.values())).lora_B)
+        here = next(iter(self.specific.values())).lora_B
+        return torch.stack([self.kept[f"task.{i}.block_weights"].to(here) for i in range(1, self.task)])
 
     def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
         """The teacher's B and what each finished task had of its own."""

@@ -171,7 +171,7 @@ class CLoRA(RoutedLoRAMethod):
 
     def _moved(self, name: str, layer: RoutedLoRALinear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The change of a layer's A·R_old·B in this task, and what it was, as products."""
-        A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
+        A_start, B_start = (self.kept[f"start.{name}.lora_{x}"].to(layer.lora_A) for x in "AB")
         R_old = layer.get_buffer("frozen_routing").double()
         routed, routed_start = (B.double() @ R_old.mT for B in (layer.lora_B, B_start))
         both = torch.cat([A_start, layer.lora_A]).mT
