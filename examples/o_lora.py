@@ -54,9 +54,8 @@ class OLoRA(RoutedLoRAMethod):
             if earlier
         }
 
-    def needs(self, kept: Any, finished: int) -> list[str]:
-        tasks = range(1, finished + 1)
-        return [f"folded.{i}.{name}.lora_{x}" for i in tasks for name in self.layers for x in "AB"]
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
+        return self.adapter_shapes(*(f"folded.{task}" for task in range(1, finished + 1)))
 
     def on_load(self) -> None:
         self.on_task_start()

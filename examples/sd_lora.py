@@ -92,9 +92,8 @@ class SDLoRA(RoutedLoRAMethod):
         self._bring(self.task)
         return {"share": new / whole if whole else None}
 
-    def needs(self, kept: Any, finished: int) -> list[str]:
-        tasks = range(1, finished + 1)
-        return [f"past.{i}.{name}.lora_{x}" for i in tasks for name in self.layers for x in "AB"]
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
+        return self.adapter_shapes(*(f"past.{task}" for task in range(1, finished + 1)))
 
     def on_load(self) -> None:
         self._bring(self.task - 1 if self.in_task else self.task)

@@ -126,6 +126,17 @@ def test_what_the_task_found_goes_to_the_device_where_it_is_used() -> None:
     assert loss.is_meta and all(t.is_meta for t in (*change, *whole))
 
 
+@pytest.mark.parametrize("basis", ["leading", "full", "raw"])
+def test_after_a_task_that_learned_nothing_there_is_nothing_to_keep_away_from(basis: str) -> None:
+    method = clora(basis=basis)
+    method.begin_task()
+    method.end_task()
+    method.begin_task()
+    (losses,) = train(method, torch.optim.SGD(method.param_groups(0.1)), 2, range(1))
+    assert losses["orthogonality"] == 0
+    assert method.end_task().measures == {"drift": None, "overlap": None}
+
+
 def test_no_weight_no_loss() -> None:
     method = clora(orthogonality=0.0)
     learn(method, 1)

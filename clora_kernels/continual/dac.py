@@ -27,7 +27,7 @@ task alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -122,10 +122,9 @@ class DAC(ContinualMethod):
             layer.activation_counts.zero_()
         self._gather()
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
         """A, B and counts of every finished task."""
-        tasks = range(1, finished + 1)
-        return [f"folded.{t}.{name}.{tensor}" for t in tasks for name in self.layers for tensor in FOLDED]
+        return self.adapter_shapes(*(f"folded.{task}" for task in range(1, finished + 1)), tensors=FOLDED)
 
     def on_load(self) -> None:
         self._gather()

@@ -148,3 +148,68 @@ CONTINUAL += mutants_of(
          "if not 0 <= value < math.inf:", "if not 0 <= value:"),
     ],
 )  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/clora.py",
+    "clora",
+    ("tests/test_continual_clora.py", "tests/test_continual_checkpoint.py"),
+    [
+        ("basis-unneeded", "a state without the basis is taken",
+         'return {"basis": _stacked(self.old_routings()).shape, **self.adapter_shapes("start")}',
+         'return self.adapter_shapes("start")'),
+        ("kept-after-the-task", "between tasks a basis is asked for", "if not (finished and in_task):",
+         "if not finished:"),
+        ("start-elsewhere", "A and B of the task's start stay on the device that the model has left",
+         '.lora_{x}"].to(layer.lora_A) for x in "AB")', '.lora_{x}"] for x in "AB")'),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/attached.py",
+    "attached",
+    ("tests/test_continual_attached.py", "tests/test_continual_checkpoint.py", "tests/test_continual_cl_lora_views.py"),
+    [
+        ("left-untold", "layers that are left alone are not told",
+         'warnings.warn(f"targets: {name} was left alone: {why}", stacklevel=4)', "continue"),
+        ("options-by-place", "options that are given by their place are not among the settings",
+         "{**dict(zip(places, args, strict=False)), **options}", "options"),
+        ("defaults-by-place", "defaults of options that may be given by their place are not among the settings",
+         "settings |= {p.name: p.default for p in parameters}",
+         "settings |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}"),
+        ("targets-are-settings", "a regular expression of targets is a setting",
+         '("model", "targets", "backend")', '("model", "backend")'),
+        ("unknown-kept", "what a method does not keep is loaded",
+         "    if missing or strange:\n        raise", "    if missing:\n        raise"),
+        ("kept-of-any-shape", "what is kept has any shape",
+         "if tensors[name].shape != torch.Size(shape):", "if tensors[name].dim() != len(shape):"),
+        ("kept-unchecked", "what is kept is not looked at",
+         "        if shapes is not None:\n", "        if not self.layers:\n"),
+        ("any-base", "a model of other weights is taken",
+         "if name in self.base and not torch.equal(number.cpu(), self.base[name]):", "if name not in self.layers:"),
+        ("shapes-of-all-layers", "a method of some layers asks for all",
+         "self.layers if layers is None else layers", "self.layers"),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/fingerprint.py",
+    "fingerprint",
+    ("tests/test_continual_checkpoint.py",),
+    [
+        ("one-row", "the first row alone is looked at", "weight[rows, columns]", "weight[:1, columns]"),
+        ("first-places", "the first rows and columns alone are looked at",
+         "slice(None, None, max(1, -(-n // SAMPLE)))", "slice(SAMPLE)"),
+        ("of-the-dtype", "another dtype of the same values is another weight",
+         ".double().flatten()", ".double().mul(weight.element_size()).flatten()"),
+        ("quantised", "what holds no floating-point values is looked at", " and weight.is_floating_point()", ""),
+        ("meta", "a weight without values is looked at", " and not weight.is_meta", ""),
+        ("empty", "an empty weight divides by zero", "max(1, -(-n // SAMPLE))", "-(-n // SAMPLE)"),
+    ],
+)  # fmt: skip
+CONTINUAL += mutants_of(
+    "clora_kernels/continual/protocol.py",
+    "protocol",
+    ("tests/test_continual_protocol.py", "tests/test_continual_checkpoint.py"),
+    [
+        ("eval-mode", "a model in eval mode is trained", "if not self.model.training:", "if self.model is None:"),
+        ("base-unsaved", "a state does not say of which weights it is",
+         'here | {f"base.{name}": number for name, number in self.base.items()} | self', "here | self"),
+    ],
+)  # fmt: skip
