@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from methods import METHODS, OLoRA
+from methods import METHODS, KeptApart
 from sequences import TARGETS, Net, batch, learn, train
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from clora_kernels.continual import ContinualMethod, SequentialLoRA, vit_targets
 
 
 def test_a_method_in_one_file_gets_its_hooks_in_order() -> None:
-    method = OLoRA(Net(), TARGETS)
+    method = KeptApart(Net(), TARGETS)
     method.begin_task()
     optimizer = torch.optim.SGD(method.param_groups(0.1))
     losses = train(method, optimizer, 1, range(2))
