@@ -43,8 +43,8 @@ class SLAO(RoutedLoRAMethod):
 
     Reports, a task: ``lambda``, λ(i); ``distance``, ‖B_ft·A_ft − B_m·A_m‖/‖B_ft·A_ft‖ over all layers: how far the
     merged function is from what the task learned; None where it learned nothing, B_ft = 0; ``drift``,
-    ‖B_m·A_m − B_m′·A_m′‖/‖B_m·A_m‖ with the merged pair before and after the task: how far what serves earlier tasks moved;
-    ``overlap``, Σ‖A_ft·Q‖²/Σ‖A_ft‖², Q an orthonormal basis of the rows of A_m before: how much of the new rows
+    ‖B_m·A_m − B_m′·A_m′‖/‖B_m·A_m‖ with the merged pair before and after the task: how far what serves earlier tasks
+    moved; ``overlap``, Σ‖A_ft·Q‖²/Σ‖A_ft‖², Q an orthonormal basis of the rows of A_m before: how much of the new rows
     lies where the old ones are. Both are None in the first task, the drift also while B_m = 0.
 
     Raises:
