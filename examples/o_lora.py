@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clora_kernels import RoutedLoRALinear
-from clora_kernels.continual import RoutedLoRAMethod, pairwise_overlap
-from clora_kernels.continual.losses import check_weight
+from clora_kernels.continual import RoutedLoRAMethod, check_weight, pairwise_overlap
 
 
 class OLoRA(RoutedLoRAMethod):
@@ -50,22 +49,21 @@ class OLoRA(RoutedLoRAMethod):
         """Put the rows of all earlier A of a layer together, [(t − 1)·r, K]."""
         earlier = [self.folded(task) for task in range(1, self.task)]
         self.old = {
-            name: torch.cat([pairs[name]["lora_A"] for pairs in earlier]).to(layer.lora_A)
+            name: torch.cat([pairs[name]["lora_A"].to(layer.lora_A) for pairs in earlier])
             for name, layer in self.layers.items()
             if earlier
         }
 
-    def needs(self, kept: Any, finished: int) -> list[str]:
-        tasks = range(1, finished + 1)
-        return [f"folded.{i}.{name}.lora_{x}" for i in tasks for name in self.layers for x in "AB"]
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
+        return self.adapter_shapes(*(f"folded.{task}" for task in range(1, finished + 1)))
 
     def on_load(self) -> None:
         self.on_task_start()
 
     def overlap(self) -> Tensor:
         """Σ_layers Σ_{i<t} Σ_jk |A_t·A_iᵀ|_jk, 0-dim; for a second task or a later one."""
-        device = next(self.parameters()).device
-        overlaps = [pairwise_overlap(self.layers[name].lora_A, old) for name, old in self.old.items()]
+        device, new = next(self.parameters()).device, {name: layer.lora_A for name, layer in self.layers.items()}
+        overlaps = [pairwise_overlap(new[name], old.to(new[name])) for name, old in self.old.items()]
         return torch.stack([o.to(device) for o in overlaps]).sum()
 
     def extra_losses(self) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class SDLoRALinear(RoutedLoRALinear):
     def adapter_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if self.past is None:
             return self.lora_A, self.lora_B, None, None
-        past_A, past_B = self.past
+        past_A, past_B = (t.to(self.lora_A) for t in self.past)  # the model may have moved
         alphas = self.magnitudes[: len(past_A) // self.r]
         routing = torch.cat([alphas, alphas.new_ones(1)]).repeat_interleave(self.r).diag()
         return torch.cat([past_A, self.lora_A]), torch.cat([past_B, self.lora_B], 1), routing, None
@@ -92,9 +92,8 @@ class SDLoRA(RoutedLoRAMethod):
         self._bring(self.task)
         return {"share": new / whole if whole else None}
 
-    def needs(self, kept: Any, finished: int) -> list[str]:
-        tasks = range(1, finished + 1)
-        return [f"past.{i}.{name}.lora_{x}" for i in tasks for name in self.layers for x in "AB"]
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
+        return self.adapter_shapes(*(f"past.{task}" for task in range(1, finished + 1)))
 
     def on_load(self) -> None:
         self._bring(self.task - 1 if self.in_task else self.task)
@@ -102,5 +101,6 @@ class SDLoRA(RoutedLoRAMethod):
     def _bring(self, tasks: int) -> None:
         """Give every layer its pairs of the first ``tasks`` tasks."""
         for name, layer in self.layers.items():
-            A, B = ([self.kept[f"past.{i}.{name}.lora_{x}"] for i in range(1, tasks + 1)] for x in "AB")
-            layer.past = (torch.cat(A).to(layer.lora_A), torch.cat(B, 1).to(layer.lora_B)) if tasks else None
+            earlier = [f"past.{i}.{name}.lora_" for i in range(1, tasks + 1)]
+            A, B = ([self.kept[key + x].to(layer.lora_A) for key in earlier] for x in "AB")
+            layer.past = (torch.cat(A), torch.cat(B, 1)) if tasks else None

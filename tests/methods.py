@@ -24,8 +24,9 @@ METHODS = {
 }
 
 
-class OLoRA(ContinualMethod):
-    """A method of a user's own: LoRA whose A keeps away from the A of earlier tasks; one extra step a batch."""
+class KeptApart(ContinualMethod):
+    """A method made up for the tests, with every hook: LoRA whose A keeps away from the A of earlier tasks, and before
+    each batch's step one that pulls the first layer's B to 1."""
 
     def make_layer(self, linear: nn.Module) -> RoutedLoRALinear:
         return RoutedLoRALinear.from_linear(linear, r=2, routing=False)

@@ -180,6 +180,14 @@ def test_a_target_without_a_layer_is_told() -> None:
     assert list(method.layers) == ["first"]
 
 
+def test_a_layer_that_is_left_alone_is_told_with_the_reason() -> None:
+    model = Net()
+    model.first.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="targets: first was left alone: it carries hooks") as caught:
+        method = SequentialLoRA(model, TARGETS, r=2)
+    assert len(caught) == 1 and list(method.layers) == ["second"] and type(model.first) is nn.Linear
+
+
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping"])
 def test_a_batch_is_a_tensor_or_the_model_s_arguments(kind: str) -> None:
     method = SequentialLoRA(Net(), TARGETS, r=2)

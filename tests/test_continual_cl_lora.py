@@ -230,6 +230,10 @@ def test_what_was_kept_goes_to_the_device_where_it_is_used() -> None:
     method.model.to("meta")
     (loss,) = method.extra_losses().values()
     assert loss.is_meta
+    method.task = 3
+    method.kept["task.2.block_weights"] = method.kept["task.1.block_weights"].to("meta")
+    (loss,) = method.extra_losses().values()
+    assert loss.is_meta
 
 
 def test_targets_that_do_not_fit_leave_the_model_alone() -> None:

@@ -145,9 +145,26 @@ def test_prototypes_take_a_view_a_task() -> None:
     assert set(prototypes.predict(method.outputs(x), task=2).tolist()) <= {2, 3}
 
 
+def first_token(model: nn.Module, hidden: Tensor) -> Tensor:
+    """An exit of a user's own, without the norm."""
+    return hidden[:, 0]
+
+
 @pytest.mark.parametrize("ended", [False, True])
-@pytest.mark.parametrize("idle_weights", [0, 1])
-def test_a_run_goes_on_bit_for_bit(ended: bool, idle_weights: int, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"idle_weights": 0},
+        {},
+        {"temperature": 0.5},
+        {"exit": first_token},
+        {"distillation": 0.0},
+        {"weight_penalty": 0.0},
+        {"reassignment": False},
+    ],
+    ids=lambda options: next(iter(options), "defaults"),
+)
+def test_a_run_goes_on_bit_for_bit(ended: bool, options: dict, tmp_path) -> None:
     """From the middle of the second task, or from its end; with dropout in the model."""
     base = TinyViT(dropout=0.2)
 
@@ -159,7 +176,7 @@ def test_a_run_goes_on_bit_for_bit(ended: bool, idle_weights: int, tmp_path) -> 
         learner.train(range(3))
         return {**learner.method.state_dict(), **learner.head.state_dict()}
 
-    first = Learner(cl_lora(copy.deepcopy(base), idle_weights=idle_weights))
+    first = Learner(cl_lora(copy.deepcopy(base), **options))
     first.learn(1)
     first.begin()
     first.train(range(5 if ended else 2))
@@ -172,7 +189,7 @@ def test_a_run_goes_on_bit_for_bit(ended: bool, idle_weights: int, tmp_path) -> 
     views = first.method.outputs(batch(9, 9)[0])
     expected = finish(first)
 
-    second = Learner(cl_lora(copy.deepcopy(base), idle_weights=idle_weights))
+    second = Learner(cl_lora(copy.deepcopy(base), **options))
     run = load_run(path, second.method)
     if not ended:
         second.prepare()

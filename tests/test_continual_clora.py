@@ -114,6 +114,29 @@ def test_a_full_basis_is_all_there_is_where_the_old_routing_has_full_rank() -> N
         torch.testing.assert_close(loss, sum(R.square().sum() for R in method.routings()))
 
 
+def test_what_the_task_found_goes_to_the_device_where_it_is_used() -> None:
+    """The device of tensors without values is one that others cannot be mixed with."""
+    method = clora()
+    learn(method, 1)
+    method.begin_task()
+    method.model.to("meta")
+    (loss,) = method.extra_losses().values()
+    (layer,) = (layer for name, layer in method.routed() if name == "first")
+    change, whole = method._moved("first", layer)
+    assert loss.is_meta and all(t.is_meta for t in (*change, *whole))
+
+
+@pytest.mark.parametrize("basis", ["leading", "full", "raw"])
+def test_after_a_task_that_learned_nothing_there_is_nothing_to_keep_away_from(basis: str) -> None:
+    method = clora(basis=basis)
+    method.begin_task()
+    method.end_task()
+    method.begin_task()
+    (losses,) = train(method, torch.optim.SGD(method.param_groups(0.1)), 2, range(1))
+    assert losses["orthogonality"] == 0
+    assert method.end_task().measures == {"drift": None, "overlap": None}
+
+
 def test_no_weight_no_loss() -> None:
     method = clora(orthogonality=0.0)
     learn(method, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clora_kernels.continual import (
+    ago,
     block_weight_penalty,
     leading_left_singular_vectors,
     low_rank_norm,
@@ -15,6 +16,7 @@ from clora_kernels.continual import (
     routing_orthogonality,
     soft_cross_entropy,
 )
+from clora_kernels.continual.losses import relative_norm
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -80,6 +82,42 @@ def test_rows_that_do_not_fit_are_refused(new: tuple[int, ...], old: tuple[int, 
         pairwise_overlap(torch.zeros(new), torch.zeros(old))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_ago_and_its_gradient(layers: int) -> None:
+    """Layers of other sizes, and other numbers of experts."""
+    new = [normal(4 + i, 2 + i).requires_grad_() for i in range(layers)]
+    old = [normal(4 + i, 5 - i).requires_grad_() for i in range(layers)]
+    loss = ago(new, old)
+    by_hand = sum(
+        abs(float((B[:, i] * B_old[:, j]).detach().sum())) / layers
+        for B, B_old in zip(new, old, strict=True)
+        for i in range(B.shape[1])
+        for j in range(B_old.shape[1])
+    )
+    assert loss.shape == () and loss.item() == pytest.approx(by_hand, rel=1e-12)
+    gradients = torch.autograd.grad(loss, [*new, *old])
+    for B, B_old, dB, d_old in zip(new, old, gradients[:layers], gradients[layers:], strict=True):
+        sign = (B_old.mT @ B).sign().detach()
+        torch.testing.assert_close(dB, B_old.detach() @ sign / layers)
+        torch.testing.assert_close(d_old, B.detach() @ sign.mT / layers)
+    assert torch.autograd.gradcheck(lambda *B: ago(B[:layers], B[layers:]), (*new, *old))
+
+
+def test_experts_that_are_zero_or_orthogonal_are_not_pushed() -> None:
+    B = torch.stack([torch.zeros(4), torch.eye(4)[0]], 1).requires_grad_()
+    loss = ago([B], [torch.eye(4)[:, 2:]])
+    loss.backward()
+    assert loss == 0 and not B.grad.any()
+
+
+@pytest.mark.parametrize(("layers", "others"), [(0, 0), (2, 1), (1, 2)])
+def test_layers_that_do_not_fit_are_refused(layers: int, others: int) -> None:
+    with pytest.raises(ValueError, match=rf"old: got {others} layers, expected those of experts, {layers}"):
+        ago(layers * [torch.ones(4, 2)], others * [torch.ones(4, 3)])
+    with pytest.raises(ValueError, match="old: got shape"):
+        ago([torch.ones(4, 2)], [torch.ones(5, 2)])
+
+
 def test_leading_vectors_are_the_fewest_that_hold_the_energy() -> None:
     left, right = torch.linalg.qr(normal(4, 4)).Q, torch.linalg.qr(normal(4, 4)).Q
     # Shares of the squared norm: 0.64, 0.27, 0.09, 0.
@@ -111,6 +149,16 @@ def test_low_rank_norm_keeps_the_digits_of_a_small_difference() -> None:
     A, B, step = normal(50, 4), normal(40, 4), 1e-9 * normal(50, 4)
     norm = low_rank_norm(torch.cat([A, A + step], 1), torch.cat([B, -B], 1))
     assert float(norm / low_rank_norm(step, B)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_change_is_relative_to_what_there_was_and_divergence_is_not_hidden() -> None:
+    left, right, zero = normal(5, 2), normal(4, 2), torch.zeros(5, 2, dtype=torch.float64)
+    change, whole = (left, 0.5 * right), (left, right)
+    assert relative_norm([(change, whole), (change, whole)]) == pytest.approx(0.5, rel=1e-12)
+    assert relative_norm([]) is None and relative_norm([(change, (zero, right))]) is None
+    for lost in (left * math.nan, left * torch.tensor([1.0, math.nan])):
+        assert math.isnan(relative_norm([(change, whole), ((lost, right), whole)]))
+        assert math.isnan(relative_norm([(change, whole), (change, (lost, right))]))
 
 
 def test_full_energy_takes_the_rank_and_no_rounding():

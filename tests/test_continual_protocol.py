@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from methods import METHODS, OLoRA
+from methods import METHODS, KeptApart
 from sequences import TARGETS, Net, batch, learn, train
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from clora_kernels.continual import ContinualMethod, SequentialLoRA, vit_targets
 
 
 def test_a_method_in_one_file_gets_its_hooks_in_order() -> None:
-    method = OLoRA(Net(), TARGETS)
+    method = KeptApart(Net(), TARGETS)
     method.begin_task()
     optimizer = torch.optim.SGD(method.param_groups(0.1))
     losses = train(method, optimizer, 1, range(2))
@@ -119,6 +119,55 @@ def test_tasks_begin_and_end_in_turn() -> None:
         method.begin_task()
     method.end_task()
     assert (method.task, method.in_task) == (1, False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_may_move_within_a_task(name: str, loaded: bool) -> None:
+    """To another dtype, which stands for another device."""
+    base = Net()
+    method = METHODS[name](copy.deepcopy(base))
+    learn(method, 1)
+    method.begin_task()
+    if loaded:
+        state, method = method.state_dict(), METHODS[name](base)
+        method.load_state_dict(state)
+    method.model.double()
+    for task in (2, 3):
+        optimizer = torch.optim.SGD(method.param_groups(0.1))
+        x, labels = batch(task, 0)
+        method.model.out.requires_grad_()  # a method may train nothing in a later task
+        losses = method.training_step(
+            x.double(), lambda x=x, y=labels: F.cross_entropy(method.model(x.double()), y), optimizer
+        )
+        assert {loss.dtype for loss in losses.values()} == {torch.float64} and all(map(torch.isfinite, losses.values()))
+        assert len(losses) == (1 if name == "slao" or name.startswith("lora") else 2)
+        method.end_task()
+        assert method.outputs(x.double())[0].dtype == torch.float64
+        method.begin_task()
+
+
+@pytest.mark.parametrize("name", ["lora", "dac"])
+def test_a_model_in_eval_mode_is_not_trained(name: str) -> None:
+    """DAC would count nothing and keep the first experts, whichever learned."""
+    method = METHODS[name](Net())
+    learn(method, 1)
+    method.begin_task()
+    method.outputs(batch(9, 9)[0])  # which leaves the mode as it was
+    optimizer = torch.optim.SGD(method.param_groups(0.1))
+    method.model.eval()
+    before = {k: v.clone() for k, v in {**method.state_dict(), **method.model.state_dict()}.items()}
+    x, labels = batch(2, 0)
+
+    def step() -> dict[str, Tensor]:
+        return method.training_step(x, lambda: F.cross_entropy(method.model(x), labels), optimizer)
+
+    with pytest.raises(RuntimeError, match=r"model: got one in eval mode, .* expected model\.train\(\) first"):
+        step()
+    after = {**method.state_dict(), **method.model.state_dict()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    method.model.train()
+    step()
 
 
 def test_what_learns_in_which_task() -> None:

@@ -207,21 +207,34 @@ def test_before_the_first_task_the_model_is_what_it_was() -> None:
 def test_distance_is_that_of_the_formula() -> None:
     method = slao(Net().double())
     method.begin_task()
-    assert method.end_task().measures == {"lambda": 1.0, "distance": None}
+    assert method.end_task().measures == {"lambda": 1.0, "distance": None, "drift": None, "overlap": None}
     method.begin_task()
     train_in_double(method)
-    method.end_task()
+    assert method.end_task().measures["drift"] is None  # of zero
     for task in (3, 4):
+        before = merged(method)
         method.begin_task()
         train_in_double(method)
+        with torch.no_grad():
+            for layer in method.layers.values():  # further than training moves them out of the old rows
+                layer.lora_A += 0.1 * torch.randn_like(layer.lora_A)
         report = method.end_task()
         fine, kept = tensors(method), merged(method)
         apart = sum((fine[n][1] @ fine[n][0] - kept[n][1] @ kept[n][0]).square().sum() for n in TARGETS)
         whole = sum((fine[n][1] @ fine[n][0]).square().sum() for n in TARGETS)
         torch.testing.assert_close(report.measures["distance"], (apart / whole).sqrt().item())
+        moved = sum((kept[n][1] @ kept[n][0] - B @ A).square().sum() for n, (A, B) in before.items())
+        served = sum((B @ A).square().sum() for A, B in before.values())
+        torch.testing.assert_close(report.measures["drift"], (moved / served).sqrt().item())
+        spans = {n: torch.linalg.qr(A.mT).Q for n, (A, _) in before.items()}
+        inside = sum((fine[n][0] @ Q).square().sum() for n, Q in spans.items())
+        rows = sum(A.square().sum() for A, _ in fine.values())
+        torch.testing.assert_close(report.measures["overlap"], (inside / rows).item())
+        assert 0 < report.measures["drift"] and 0.1 < report.measures["overlap"] < 0.99
         assert report.measures["distance"] > 0 and report.measures["lambda"] == 1 / math.sqrt(task)
     method = slao()
-    assert learn(method, 1)[0].measures == {"lambda": 1.0, "distance": 0.0}
+    first = {"lambda": 1.0, "distance": 0.0, "drift": None, "overlap": None}
+    assert learn(method, 1)[0].measures == first
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

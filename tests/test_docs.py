@@ -29,6 +29,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = Attention()
+        self.eval()  # as from_pretrained gives a model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention(x)

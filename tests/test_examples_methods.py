@@ -222,6 +222,28 @@ def test_a_run_goes_on_between_tasks(make) -> None:
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("when", ["within a task", "loaded within a task", "between tasks"])
+@pytest.mark.parametrize("there", [{"device": "meta"}, {"dtype": torch.float64}], ids=["device", "dtype"])
+def test_the_model_may_move(make, when: str, there: dict) -> None:
+    """To another dtype, or to the device of tensors without values: what stays behind cannot be mixed in."""
+    base = Net()
+    method = make(copy.deepcopy(base), backend="reference")
+    learn(method, 2)
+    if "within" in when:
+        begin(method)
+    if "loaded" in when:
+        state, method = method.state_dict(), make(base, backend="reference")
+        method.load_state_dict(state)
+    method.model.to(**there)
+    if "between" in when:
+        method.kept = {key: t.to(**there) if ".2." in key else t for key, t in method.kept.items()}
+        method.on_load()
+        begin(method)
+    x = batch(9, 9)[0].to(**there)
+    for found in (method.model(x), *method.extra_losses().values()):
+        assert (found.device, found.dtype) == (x.device, x.dtype)
+
+
 def test_bad_options_are_named(classes) -> None:
     (o_lora, _), (sd_lora, _) = classes["o-lora"], classes["sd-lora"]
     for weight in (-1.0, math.nan, math.inf):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from methods import OLoRA
+from methods import KeptApart
 from sequences import TARGETS, Net
 from torch import Tensor, nn
 from trainers import BATCH, LR, MODELS, SAMPLES, Classifier, arguments, clora, data, folding, trainer
@@ -142,8 +142,8 @@ def test_an_optimizer_that_does_not_suit_is_told(tmp_path) -> None:
 
 
 def test_what_trainer_cannot_do_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"method: got OLoRA, which makes steps of its own.*method\.training_step"):
-        ContinualCallback(OLoRA(Net(), TARGETS))
+    with pytest.raises(ValueError, match=r"method: got KeptApart, which makes steps of its own.*method\.training_step"):
+        ContinualCallback(KeptApart(Net(), TARGETS))
     method = clora("mapping", Classifier())
     callback = ContinualCallback(method)
     other = transformers.Trainer(Classifier(), arguments(tmp_path), train_dataset=data("mapping", 1))

@@ -8,7 +8,9 @@ from .dac_layer import DACLinear
 from .heads import CosineHead, Prototypes
 from .lora import RoutedLoRAMethod, SequentialLoRA
 from .losses import (
+    ago,
     block_weight_penalty,
+    check_weight,
     leading_left_singular_vectors,
     low_rank_norm,
     pairwise_overlap,
@@ -38,8 +40,10 @@ __all__ = [
     "SequentialLoRA",
     "TaskAccuracies",
     "TaskReport",
+    "ago",
     "assert_model_parity",
     "block_weight_penalty",
+    "check_weight",
     "class_token_exit",
     "leading_left_singular_vectors",
     "load_run",

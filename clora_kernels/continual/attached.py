@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..modules.adapter import AdapterLinear
 from ..modules.inject import Targets, freeze_base, inject, merge_all, unmerge_all
+from .fingerprint import fingerprints
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,14 +31,16 @@ class AttachedLayers:
         layers: the adapted layers by their names in the model.
         own: parameters of the method that belong to no layer, by name.
         kept: tensors that the method carries from task to task, by name.
-        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``.
+        base: by layer, the fingerprint of its weight when it was attached; none of a layer without values.
+        settings: the name of the class and its options (numbers, strings, None), defaults too, without ``backend``:
+            every parameter of ``__init__`` but ``model`` and ``targets``.
     """
 
     settings: dict[str, Any]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         self = super().__new__(cls)
-        self.settings = _settings(cls, options)
+        self.settings = _settings(cls, args, options)
         return self
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
@@ -45,9 +48,11 @@ class AttachedLayers:
         self.own = nn.ParameterDict()
         self.kept: dict[str, Tensor] = {}
         self.layers = self.attach(targets)
+        self.base = fingerprints(self.layers)
 
     def attach(self, targets: Targets) -> dict[str, AdapterLinear]:
-        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once."""
+        """Swap the targets of ``self.model`` and freeze the rest; the method's layers by name, each once. Warns of each
+        target without a layer and of each layer that is left alone."""
         layers: dict[str, AdapterLinear] = {}
         report = inject(self.model, self.make_layer, targets)
         for name in report.swapped:
@@ -58,6 +63,8 @@ class AttachedLayers:
                 layers[name] = layer
         for target in report.unmatched:
             warnings.warn(f"targets: {target!r} matched no layer", stacklevel=4)
+        for name, why in report.left:
+            warnings.warn(f"targets: {name} was left alone: {why}", stacklevel=4)
         freeze_base(self.model)
         return layers
 
@@ -175,27 +182,39 @@ class AttachedLayers:
         state |= {f"own.{name}": p.detach() for name, p in self.own.items()}
         return state | {f"kept.{name}": tensor for name, tensor in self.kept.items()}
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> Iterable[str]:
-        """The names in ``kept`` without which a state of so many finished tasks cannot go on; a hook of a method."""
-        return ()
+    def kept_shapes(self, finished: int, in_task: bool) -> Mapping[str, Sequence[int]] | None:
+        """The shapes by name of all that ``kept`` holds after so many finished tasks, within the next one or not; None:
+        a loaded ``kept`` is taken as it is. A hook of a method."""
+        return None
+
+    def adapter_shapes(
+        self,
+        *prefixes: str,
+        tensors: Sequence[str] = ("lora_A", "lora_B"),
+        layers: Mapping[str, AdapterLinear] | None = None,
+    ) -> dict[str, torch.Size]:
+        """``<prefix>.<layer>.<tensor>`` → the shape of that tensor of the layer's adapter, for ``kept_shapes``; of all
+        layers, or of those given."""
+        chosen = self.layers if layers is None else layers
+        held = {name: layer.adapter_state_dict() for name, layer in chosen.items()}
+        return {f"{p}.{name}.{t}": own[t].shape for p in prefixes for name, own in held.items() for t in tensors}
 
     @torch.no_grad()
-    def load_layer_state(self, state: Mapping[str, Tensor], finished: int) -> None:
-        """Load what ``layer_state`` gave after so many finished tasks; nothing changes unless everything fits.
+    def load_layer_state(self, state: Mapping[str, Tensor], finished: int, in_task: bool) -> None:
+        """Load what ``layer_state`` gave, and check ``base``; nothing changes unless everything fits.
 
         Raises:
-            ValueError: layers or tensors that are missing, unexpected or of another shape.
+            ValueError: layers or tensors that are missing, unexpected or of another shape; a model of other weights.
             RuntimeError: the model's weights hold folded adapters already, which cannot be taken out again.
         """
-        adapters, own, kept = self._sorted(state)
-        for name, p in self.own.items():
-            if own[name].shape != p.shape:
-                raise ValueError(f"own.{name}: got shape {tuple(own[name].shape)}, expected {tuple(p.shape)}")
+        adapters, own, kept, base = self._sorted(state)
+        _check_shapes("own", own, {name: p.shape for name, p in self.own.items()}, "the method's own parameters")
         for name, tensors in adapters.items():
             self.layers[name].check_adapter_state_dict(tensors)
-        lost = [f"kept.{name}" for name in self.needs(kept, finished) if name not in kept]
-        if lost:
-            raise ValueError(f"state: missing {lost}, expected what {finished} finished tasks left")
+        shapes = self.kept_shapes(finished, in_task)
+        if shapes is not None:
+            when = f"after {finished} finished tasks{' and within the next' if in_task else ''}"
+            _check_shapes("kept", kept, shapes, f"what {type(self).__name__} keeps {when}")
         folds = [fold for task in range(1, finished + 1) for fold in self.folded(task, kept).items()]
         for name, tensors in folds:
             self.layers[name].check_mergeable()
@@ -205,6 +224,12 @@ class AttachedLayers:
                 "state: this model's weights hold folded adapters already; attach the method to the model as it was "
                 "before the first task"
             )
+        for name, number in base.items():
+            if name in self.base and not torch.equal(number.cpu(), self.base[name]):
+                raise ValueError(
+                    f"model: got another weight in {name} than the state was made with, expected the model as it was "
+                    "before the first task"
+                )
         for name, tensors in folds:
             self.layers[name].load_adapter_state_dict({**self.layers[name].adapter_state_dict(), **tensors})
             self.layers[name].fold()
@@ -217,34 +242,44 @@ class AttachedLayers:
 
     def _sorted(
         self, state: Mapping[str, Tensor]
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        """Adapters by layer, own parameters and what was kept, of what ``layer_state`` gave."""
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Adapters by layer, own parameters, what was kept and the fingerprints, of a state."""
         adapters: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
-        own: dict[str, Tensor] = {}
-        kept: dict[str, Tensor] = {}
+        others: dict[str, dict[str, Tensor]] = {"own": {}, "kept": {}, "base": {}}
         strange = []
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             if kind == "layers" and (place := self._place(rest)):
                 adapters[place[0]][place[1]] = tensor
-            elif kind in ("own", "kept"):
-                (own if kind == "own" else kept)[rest] = tensor
+            elif kind in others and (kind != "base" or rest in self.layers):
+                others[kind][rest] = tensor
             else:
                 strange.append(key)
         missing = [name for name, tensors in adapters.items() if not tensors]
-        missing += [f"own.{n}" for n in self.own if n not in own]
-        strange += [f"own.{n}" for n in own if n not in self.own]
         if missing or strange:
             raise ValueError(f"state: missing {missing}, unexpected {strange}, expected the layers {list(self.layers)}")
-        return adapters, own, kept
+        return adapters, others["own"], others["kept"], others["base"]
 
 
-def _settings(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def _check_shapes(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """ValueError unless these are the tensors of a state: all of those names, no others, of those shapes."""
+    missing = [f"{kind}.{name}" for name in shapes if name not in tensors]
+    strange = [f"{kind}.{name}" for name in tensors if name not in shapes]
+    if missing or strange:
+        raise ValueError(f"state: missing {missing}, unexpected {strange}, expected {what}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != torch.Size(shape):
+            raise ValueError(f"{kind}.{name}: got shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+
+
+def _settings(cls: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"method": cls.__name__}
+    places: list[str] = []
     for ancestor in reversed(cls.__mro__):
         if "__init__" in vars(ancestor):
-            parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
-            settings |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    settings |= options
-    plain = (bool, int, float, str, type(None))
-    return {name: value for name, value in settings.items() if isinstance(value, plain) and name != "backend"}
+            parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[1:]
+            settings |= {p.name: p.default for p in parameters}
+            places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    settings |= {**dict(zip(places, args, strict=False)), **options}
+    plain, other = (bool, int, float, str, type(None)), ("model", "targets", "backend")
+    return {name: value for name, value in settings.items() if isinstance(value, plain) and name not in other}

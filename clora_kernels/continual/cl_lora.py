@@ -28,7 +28,7 @@ student (dropout in the model draws for each of the two).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -233,16 +233,15 @@ class CLLoRA(ContinualMethod):
 
     def _old_block_weights(self) -> Tensor:
         """[task − 1, n]."""
-        old = [self.kept[f"task.{i}.block_weights"] for i in range(1, self.task)]
-        return torch.stack(old).to(next(iter(self.specific.values())).lora_B)
+        here = next(iter(self.specific.values())).lora_B
+        return torch.stack([self.kept[f"task.{i}.block_weights"].to(here) for i in range(1, self.task)])
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
         """The teacher's B and what each finished task had of its own."""
-        names = [f"teacher.{name}.lora_B" for name in self.shared] if finished else []
-        for task in range(1, finished + 1):
-            names += [f"task.{task}.{name}.lora_{x}" for name in self.specific for x in "AB"]
-            names.append(f"task.{task}.block_weights")
-        return names
+        tasks, weights = [f"task.{i}" for i in range(1, finished + 1)], self.block_weights().shape
+        teacher = self.adapter_shapes("teacher", tensors=["lora_B"], layers=self.shared) if finished else {}
+        own = self.adapter_shapes(*tasks, layers=self.specific)
+        return teacher | own | {f"{task}.block_weights": weights for task in tasks}
 
     def views(self) -> list[int | None]:
         """The tasks begun so far."""

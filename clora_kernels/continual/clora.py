@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -127,11 +127,10 @@ class CLoRA(RoutedLoRAMethod):
             )
 
     def on_task_start(self) -> None:
-        """Take Q_old, and A and B as they are for the drift; nothing where R_old is still zero."""
-        old = _stacked(self.old_routings())
-        if not old.any():
+        """Take Q_old, and A and B as they are for the drift; nothing in the first task."""
+        if self.task == 1:
             return
-        self.kept["basis"] = self._basis_of(old)
+        self.kept["basis"] = self._basis_of(_stacked(self.old_routings()))
         for name, layer in self.routed():
             self.kept[f"start.{name}.lora_A"] = layer.lora_A.clone()
             self.kept[f"start.{name}.lora_B"] = layer.lora_B.clone()
@@ -143,13 +142,15 @@ class CLoRA(RoutedLoRAMethod):
             return orthonormal_basis(old).Q
         return leading_left_singular_vectors(old, self.energy)
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
-        """A and B as the task found them, where there is a basis."""
-        return [f"start.{name}.lora_{x}" for name in self.layers for x in "AB"] if "basis" in kept else []
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
+        """Q_old, and A and B as the task found them, within a task after the first."""
+        if not (finished and in_task):
+            return {}
+        return {"basis": _stacked(self.old_routings()).shape, **self.adapter_shapes("start")}
 
     def extra_losses(self) -> dict[str, Tensor]:
         """λ·Σ_layers ‖Q_oldᵀ·R_δ‖²_F; none in the first task."""
-        if "basis" not in self.kept or self.orthogonality == 0:
+        if self.task < 2 or self.orthogonality == 0:
             return {}
         routings = _stacked(self.routings())
         loss = routing_orthogonality(routings, self.kept["basis"].to(routings))
@@ -165,22 +166,22 @@ class CLoRA(RoutedLoRAMethod):
         return measures
 
     def _drift(self) -> float | None:
-        if "basis" not in self.kept:
+        if self.task == 1:
             return None
         return relative_norm(self._moved(name, layer) for name, layer in self.routed())
 
     def _moved(self, name: str, layer: RoutedLoRALinear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The change of a layer's A·R_old·B in this task, and what it was, as products."""
-        A_start, B_start = self.kept[f"start.{name}.lora_A"], self.kept[f"start.{name}.lora_B"]
+        A_start, B_start = (self.kept[f"start.{name}.lora_{x}"].to(layer.lora_A) for x in "AB")
         R_old = layer.get_buffer("frozen_routing").double()
         routed, routed_start = (B.double() @ R_old.mT for B in (layer.lora_B, B_start))
         both = torch.cat([A_start, layer.lora_A]).mT
         return (both, torch.cat([routed_start, -routed], 1)), (A_start.mT, routed_start)
 
     def _overlap(self) -> float | None:
-        if "basis" not in self.kept:
-            return None
         routing, old = _stacked(self.routings()), _stacked(self.old_routings())
+        if self.task == 1 or not old.any():
+            return None
         inside = routing_orthogonality(routing, leading_left_singular_vectors(old, self.energy))
         return float(inside / routing.square().sum().clamp(min=torch.finfo(routing.dtype).tiny))
 

@@ -27,7 +27,7 @@ task alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -37,7 +37,8 @@ from ..modules.inject import Targets
 from ..modules.rank1_experts.arguments import check_name
 from ..modules.rank1_experts.choosing import top_experts
 from .dac_layer import DACLinear
-from .losses import check_weight, pairwise_overlap
+from .losses import ago as ago_loss
+from .losses import check_weight
 from .protocol import ContinualMethod
 
 REMEMBER = ("all", "kept")
@@ -63,8 +64,8 @@ class DAC(ContinualMethod):
             :func:`clora_kernels.rank1_experts` takes it.
 
     Reports, a task: ``overlap``, AGO without its weight (None in the first task); ``share``, the part of all choices
-    that fell on the experts which are kept (None if there were none). What is stored grows by A, B and the counts of
-    each task; the model does not.
+    that fell on the experts which are kept (None if there were none). No drift: what earlier tasks left in W stays in
+    it as it is. What is stored grows by A, B and the counts of each task; the model does not.
 
     Raises:
         ValueError, TypeError: an unknown option, a number out of range; no layer of the model matches.
@@ -121,10 +122,9 @@ class DAC(ContinualMethod):
             layer.activation_counts.zero_()
         self._gather()
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
         """A, B and counts of every finished task."""
-        tasks = range(1, finished + 1)
-        return [f"folded.{t}.{name}.{tensor}" for t in tasks for name in self.layers for tensor in FOLDED]
+        return self.adapter_shapes(*(f"folded.{task}" for task in range(1, finished + 1)), tensors=FOLDED)
 
     def on_load(self) -> None:
         self._gather()
@@ -132,7 +132,7 @@ class DAC(ContinualMethod):
     def _gather(self) -> None:
         earlier = range(1, self.task)
         self._old = {
-            name: torch.cat([self._left(t, name) for t in earlier], 1).to(layer.lora_B)
+            name: torch.cat([self._left(t, name).to(layer.lora_B) for t in earlier], 1)
             for name, layer in self.pools()
             if earlier
         }
@@ -148,9 +148,8 @@ class DAC(ContinualMethod):
 
     def _overlap(self) -> Tensor:
         """The mean over layers of Σ|B[:, T]ᵀ·B_old|; what the batch chose counts in T already."""
-        return torch.stack(
-            [pairwise_overlap(m.lora_B.mT.index_select(0, m.kept()), self._old[n].mT) for n, m in self.pools()]
-        ).mean()
+        kept = [layer.lora_B.index_select(1, layer.kept()) for _, layer in self.pools()]
+        return ago_loss(kept, [self._old[name].to(layer.lora_B) for name, layer in self.pools()])
 
     def on_task_end(self) -> dict[str, float | None]:
         """W ← W + s·B[:, T]·A[T, :]; A, B, router and counts anew."""

@@ -4,9 +4,13 @@ Routing orthogonality (C-LoRA, arXiv 2502.17920, eq. 26), Q an r×c basis of wha
 
     L = Σ_layers ‖Qᵀ·R_δ‖²_F             dL/dR_δ = 2·Q·Qᵀ·R_δ
 
-Overlap of rows (of A: O-LoRA; of Bᵀ: AGO of DAC, arXiv 2601.22828), A the new rows and A_old those of earlier tasks:
+Overlap of rows (of A: O-LoRA), A the new rows and A_old those of earlier tasks:
 
     L = Σ_ij |A·A_oldᵀ|_ij               dL/dA = sign(A·A_oldᵀ)·A_old        sign(0) = 0
+
+AGO (DAC, arXiv 2601.22828), B_T the columns of a task's experts, B_old those of earlier tasks, l layers:
+
+    L = 1/l·Σ_layers Σ_ij |B_Tᵀ·B_old|_ij          dL/dB_T = 1/l·B_old·sign(B_oldᵀ·B_T)
 
 Soft cross-entropy and block weights (CL-LoRA, CVPR 2025), p_z = softmax(z/τ) by rows, S rows:
 
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +64,22 @@ def pairwise_overlap(new: Tensor, old: Tensor) -> Tensor:
             f"{tuple(new.shape)}"
         )
     return (new @ old.mT).abs().sum()
+
+
+def ago(experts: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of Σ_ij |B_Tᵀ·B_old|_ij (DAC, arXiv 2601.22828); a 0-dim tensor on the first one's device.
+
+    Args:
+        experts: B_T of each layer, ``[N, k]``: the columns of lora_B that the task would leave behind.
+        old: B_old of each layer, ``[N, c]``: those of earlier tasks; gets a gradient too where it requires one.
+
+    Raises:
+        ValueError: no layer, as many of the one as not of the other, shapes that do not fit.
+    """
+    if not experts or len(experts) != len(old):
+        raise ValueError(f"old: got {len(old)} layers, expected those of experts, {len(experts)}, at least one")
+    overlaps = [pairwise_overlap(B.mT, B_old.mT) for B, B_old in zip(experts, old, strict=True)]
+    return torch.stack([overlap.to(overlaps[0].device) for overlap in overlaps]).mean()
 
 
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -139,12 +159,12 @@ def check_number(name: str, value: float) -> None:
 
 def relative_norm(parts: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]) -> float | None:
     """‖changes‖_F/‖wholes‖_F over all parts, each a change and a whole as :func:`low_rank_norm` takes a product; None
-    where the wholes are zero."""
+    where the wholes are zero, NaN where a number is NaN."""
     changed, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for change, of in parts:
         changed += low_rank_norm(*change).square().cpu()
         whole += low_rank_norm(*of).square().cpu()
-    return float((changed / whole).sqrt()) if whole > 0 else None
+    return None if whole == 0 else float((changed / whole).sqrt())
 
 
 def low_rank_norm(left: Tensor, right: Tensor) -> Tensor:

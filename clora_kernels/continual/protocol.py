@@ -16,7 +16,7 @@ what they do by default)::
     report = method.end_task()                  on_task_end()               measures for the report (none)
     outputs = method.outputs(inputs)            views()                     whose inference to test by (one for all)
     with method.inference(view): ...            tested_adapters(view)       what a test puts into adapters (nothing)
-    method.load_state_dict(state)               needs(kept, finished)       what ``kept`` must hold (nothing)
+    method.load_state_dict(state)               kept_shapes(finished, ...)  what ``kept`` holds (taken as it is)
                                                 on_load()                   bring ``kept`` where it is used (nothing)
 
 A method keeps what it carries from task to task in adapters, in the parameters ``self.own`` and in ``self.kept``, a
@@ -145,11 +145,8 @@ class ContinualMethod(AttachedLayers):
 
     @torch.no_grad()
     def outputs(self, inputs: Any) -> list[Any]:
-        """What the model gives for a batch as it is tested, in each of ``views()``.
-
-        Args:
-            inputs: a tensor, or a tuple or a mapping of the model's arguments.
-        """
+        """What the model gives for a batch (a tensor, or a tuple or mapping of its arguments) as it is tested, in each
+        of ``views()``."""
         found = []
         for view in self.views():
             with self.inference(view):
@@ -209,13 +206,15 @@ class ContinualMethod(AttachedLayers):
             Every loss by name, detached ("task" is the task's own), without a host sync.
 
         Raises:
-            RuntimeError: outside a task.
+            RuntimeError: outside a task; a model in eval mode.
             ValueError: no loss.
         """
         if not task_loss:
             raise ValueError(f"task_loss: got {task_loss!r}, expected a function or several")
         if not self.in_task:
             raise RuntimeError("training_step: no task is being learned, expected begin_task() first")
+        if not self.model.training:  # without dropout, and nothing would be counted for DAC to choose by
+            raise RuntimeError("model: got one in eval mode, as from_pretrained gives it, expected model.train() first")
         if not self._optimizer_checked:
             self.check_optimizer(optimizer)
             self._optimizer_checked = True
@@ -276,23 +275,25 @@ class ContinualMethod(AttachedLayers):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method needs to go on, flat: adapters, ``own``, ``kept``, the task's number; not the frozen weights
-        (what was folded into them is in ``kept``)."""
-        return {"task": torch.tensor(self.task), "in_task": torch.tensor(self.in_task), **self.layer_state()}
+        (what was folded into them is in ``kept``), of which ``base`` holds a fingerprint."""
+        here = {"task": torch.tensor(self.task), "in_task": torch.tensor(self.in_task)}
+        return here | {f"base.{name}": number for name, number in self.base.items()} | self.layer_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where ``state_dict`` was taken, on a method attached with the same options to the same model as it
         was before the first task.
 
         Raises:
-            ValueError: layers or tensors that are missing, unexpected or of another shape.
+            ValueError: layers or tensors that are missing, unexpected or of another shape; a model of other weights.
             RuntimeError: the model's weights hold folded adapters already.
         """
         missing = [key for key in ("task", "in_task") if key not in state]
         if missing:
             raise ValueError(f"state: missing {missing}, expected what state_dict() gives")
         layers = {key: tensor for key, tensor in state.items() if key not in ("task", "in_task")}
-        self.load_layer_state(layers, int(state["task"]) - int(state["in_task"]))
-        self.task, self.in_task, self.head = int(state["task"]), bool(state["in_task"]), None
+        task, in_task = int(state["task"]), bool(state["in_task"])
+        self.load_layer_state(layers, task - in_task, in_task)
+        self.task, self.in_task, self.head = task, in_task, None
         self._optimizer_checked = False
         self.on_load()
         self._mark_trainable()

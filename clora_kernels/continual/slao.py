@@ -21,12 +21,13 @@ the adapter's dtype, fp32 under 16-bit weights; s = 1 and no dropout, of which t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from ..autograd.gram_schmidt import gram_schmidt_foreach
+from ..autograd.gram_schmidt import gram_schmidt_foreach, orthonormal_basis
 from ..modules.routed_lora import RoutedLoRALinear
 from .attached import Adapters
 from .lora import RoutedLoRAMethod
@@ -41,7 +42,10 @@ class SLAO(RoutedLoRAMethod):
             most the in_features of every target.
 
     Reports, a task: ``lambda``, λ(i); ``distance``, ‖B_ft·A_ft − B_m·A_m‖/‖B_ft·A_ft‖ over all layers: how far the
-    merged function is from what the task learned; None where it learned nothing, B_ft = 0.
+    merged function is from what the task learned; None where it learned nothing, B_ft = 0; ``drift``,
+    ‖B_m·A_m − B_m′·A_m′‖/‖B_m·A_m‖ with the merged pair before and after the task: how far what serves earlier tasks
+    moved; ``overlap``, Σ‖A_ft·Q‖²/Σ‖A_ft‖², Q an orthonormal basis of the rows of A_m before: how much of the new rows
+    lies where the old ones are. Both are None in the first task, the drift also while B_m = 0.
 
     Raises:
         ValueError: an unknown option; a rank above a target's in_features, which has no r orthonormal rows; no layer of
@@ -72,9 +76,9 @@ class SLAO(RoutedLoRAMethod):
         for A, basis in zip(factors, bases, strict=True):
             A.copy_(basis.Q.mT)
 
-    def needs(self, kept: Mapping[str, Tensor], finished: int) -> list[str]:
+    def kept_shapes(self, finished: int, in_task: bool) -> dict[str, torch.Size]:
         """The merged pairs, from the end of the first task on."""
-        return [f"merged.{name}.lora_{x}" for name in self.layers for x in "AB"] if finished else []
+        return self.adapter_shapes("merged") if finished else {}
 
     def merge_weight(self) -> float:
         """λ of the task that was begun last."""
@@ -98,8 +102,33 @@ class SLAO(RoutedLoRAMethod):
         """Merge; the fine-tuned pairs stay for the next task to start from."""
         merged = self.merged()
         measures = {"lambda": self.merge_weight(), "distance": self._distance(merged)}
+        measures |= {"drift": self._drift(merged), "overlap": self._overlap()}
         self.kept |= {f"merged.{name}.{key}": t.clone() for name, pair in merged.items() for key, t in pair.items()}
         return measures
 
     def _distance(self, merged: Adapters) -> float | None:
         return relative_norm(((B - merged[name]["lora_B"], A.mT), (B, A.mT)) for name, A, B in self.pairs())
+
+    def _before(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A_m and B_m of a layer as the last task left them."""
+        A, B = (self.kept[f"merged.{name}.lora_{x}"].to(like) for x in "AB")
+        return A, B
+
+    def _drift(self, merged: Adapters) -> float | None:
+        if self.task < 2:
+            return None
+        parts = []
+        for name, pair in merged.items():
+            A, B = self._before(name, pair["lora_A"])
+            both = torch.cat([B, -pair["lora_B"]], 1), torch.cat([A, pair["lora_A"]]).mT
+            parts.append((both, (B, A.mT)))
+        return relative_norm(parts)
+
+    def _overlap(self) -> float | None:
+        if self.task < 2:
+            return None
+        inside = whole = 0.0
+        for name, A, _ in self.pairs():
+            inside += float((A @ orthonormal_basis(self._before(name, A)[0].mT).Q).square().sum())
+            whole += float(A.square().sum())
+        return inside / whole if whole else None
