@@ -2,8 +2,9 @@
 that a batch makes, against the same model and method in fp64.
 
 A method is held to twice the error of its own step with the plain reference in the same dtype, and a spacing of the
-dtype; results of a few numbers, whose errors may cancel by chance, to the largest error in their step. Dropout stays
-on: each layer draws its seed in the order of the calls, so that from one seed of torch all draw the same.
+dtype; results of a few numbers, whose errors may cancel by chance, to the largest error in their step. Single numbers
+of the same name are one result: of one that is nearly zero beside the others nothing but rounding may be left. Dropout
+stays on: each layer draws its seed in the order of the calls, so that from one seed of torch all draw the same.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def truths(problem: Problem) -> dict[str, Tensor]:
 
 
 def _results(training: Training) -> dict[str, Tensor]:
-    """Losses as "step/loss" and gradients as "step/parameter"; the parameters' names are those of model and head."""
+    """Losses as "step/loss" and gradients as "step/parameter", the parameters' names being those of model and head; the
+    gradients of single numbers, as layers' scalings are, together as "step/name"."""
     learning = {p: name for name, p in training.method.model.named_parameters() if p.requires_grad}
     learning |= {p: f"own.{name}" for name, p in training.method.own.items()}
     learning |= {p: f"head.{name}" for name, p in training.head.named_parameters()}
@@ -46,8 +48,13 @@ def _results(training: Training) -> dict[str, Tensor]:
     def recorded(name: str, loss: Tensor) -> None:
         step(name, loss)
         found[f"{name}/loss"] = loss.detach()
-        gradients = {at: p.grad.clone() for p, at in learning.items() if p.grad is not None}
-        found.update({f"{name}/{at}": gradient for at, gradient in gradients.items()})
+        numbers: dict[str, list[Tensor]] = {}
+        for p, at in learning.items():
+            if p.grad is not None and p.dim() == 0:
+                numbers.setdefault(f"{name}/{at.rpartition('.')[2]}", []).append(p.grad.clone())
+            elif p.grad is not None:
+                found[f"{name}/{at}"] = p.grad.clone()
+        found.update({at: torch.stack(gradients) for at, gradients in numbers.items()})
 
     training.step = recorded
     torch.manual_seed(0)
