@@ -149,6 +149,8 @@ def test_few_rows_take_their_own_kernel(dtypes, M, forward, backward):
         with torch.profiler.profile(acc_events=True) as profile:
             evaluate(native, {**inputs, "weight": weight}, dy_for(inputs), ["x"])
         called = {event.key: event.count for event in profile.key_averages()}
-        assert called["clora_kernels::routed_lora_lay_down"] == 1
+        assert called.get("clora_kernels::routed_lora_lay_down", 0) == (dtypes != "fp32"), (
+            "fp32 without a mask is MKL's"
+        )
         assert called.get("clora_kernels::routed_lora_shrink", 0) == (forward and counts)
         assert called.get("clora_kernels::routed_lora_few_rows", 0) == (backward and counts)

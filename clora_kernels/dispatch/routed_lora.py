@@ -88,7 +88,7 @@ def _choice(
     if chosen == "reference":
         return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
     if chosen == "native":
-        strategy = "everything of rank r in one compiled call, then the frozen matmul accumulates on it"
+        strategy = "what is of rank r first, in one compiled call or by MKL; the frozen matmul accumulates on it"
         return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
     if chosen == "triton":
         return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", why or named)

@@ -226,6 +226,27 @@ _PLAIN_LAYER = mutants_of(
         ),
         ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
         (
+            "unmasked-backward",
+            "in fp32 nothing drops in backward",
+            "if dtype == torch.float32 and j.seed is None and dy",
+            "if dtype == torch.float32 and dy",
+        ),
+        (
+            "unscaled-backward",
+            "in fp32 the gradient of p lacks the scaling",
+            "g = dy @ j.lora_B * j.scaling",
+            "g = dy @ j.lora_B",
+        ),
+        ("unscaled-dB", "in fp32 dB lacks the scaling", "dy.mT @ (q * j.scaling)", "dy.mT @ q"),
+        ("unmasked", "in fp32 nothing drops", "torch.float32 and j.seed is None:", "torch.float32:"),
+        ("unscaled", "in fp32 the scaling is forgotten", "y = (q * j.scaling) @", "y = q @"),
+        (
+            "q-scaled",
+            "what backward needs is scaled already",
+            "q = flat @ j.lora_A.mT\n",
+            "q = flat @ j.lora_A.mT * j.scaling\n",
+        ),
+        (
             "few-rows-of-any-weight",
             "a transposed weight is packed for few rows",
             ".get(x.dtype, ()) and j.weight.stride(1) == 1:",

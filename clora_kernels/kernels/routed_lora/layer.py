@@ -2,7 +2,8 @@
 
 Where there is little to compute, the steps between products are what a layer costs: PyTorch calls, each a few µs, more
 when the weight has just gone through the caches. Everything of rank r is done in one call, which lays down q·C (of dx:
-mask ⊙ (g·A)); the frozen matmul accumulates on it. Sums and roundings are those of the other backends.
+mask ⊙ (g·A)), or by MKL where fp32 needs no mask; the frozen matmul accumulates on it. Sums and roundings are those of
+the other backends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ LITTLE_WORK = 8 << 20
 # matmul at all.
 _FEW_ROWS_FORWARD = {torch.float32: range(1, 3)}
 _FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 9), torch.float32: range(2, 9), torch.float16: range(1, 9)}
+
+
+# Rows for which MKL is faster backward in fp32 where nothing drops: 16×768×2048, rank 16, takes 57 µs in place of 106,
+# with 8 rows 35 and 49, with 128 480 and 365.
+_MKL_ROWS_BACKWARD = range(9, 128)
 
 
 def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
@@ -60,8 +66,13 @@ def has_little_work(M: int, j: Projection) -> bool:
 def forward(x: Tensor, j: Projection) -> tuple[list[Tensor], list[Tensor]]:
     """As ``algebra.forward`` of one projection."""
     flat = flatten(x)
-    lay_down = torch.ops.clora_kernels.routed_lora_lay_down.default
-    y, q = lay_down(flat, j.lora_A, j.lora_B, j.scaling, j.seed, j.threshold)
+    if x.dtype == torch.float32 and j.seed is None:
+        # Nothing is rounded or masked on the way, so MKL can do it: 8×2048×768, rank 16, takes 28 µs in place of 42.
+        q = flat @ j.lora_A.mT
+        y = (q * j.scaling) @ j.lora_B.mT
+    else:
+        lay_down = torch.ops.clora_kernels.routed_lora_lay_down.default
+        y, q = lay_down(flat, j.lora_A, j.lora_B, j.scaling, j.seed, j.threshold)
     if flat.shape[0] in _FEW_ROWS_FORWARD.get(x.dtype, ()) and j.weight.stride(1) == 1:
         y.add_(compiled.shrink(flat, j.weight, None))
     else:
@@ -78,7 +89,13 @@ def backward(
     lead, dy = dy.shape[:-1], cast(flatten(dy), dtype)
     x_flat = None if x is None else flatten(x)
     dx = dA = dB = dscaling = None
-    if need_x or need.lora_A or need.lora_B:
+    if dtype == torch.float32 and j.seed is None and dy.shape[0] in _MKL_ROWS_BACKWARD:
+        if need_x or need.lora_A:
+            g = dy @ j.lora_B * j.scaling
+            dx = g @ j.lora_A if need_x else None
+            dA = g.mT @ x_flat if need.lora_A else None
+        dB = dy.mT @ (q * j.scaling) if need.lora_B else None
+    elif need_x or need.lora_A or need.lora_B:
         lay_down = torch.ops.clora_kernels.routed_lora_lay_down_backward.default
         wanted = (need_x, need.lora_A, need.lora_B)
         read = dy if x_flat is None else x_flat
