@@ -1,6 +1,7 @@
-"""Mutants of the compiled CPU path of routed LoRA: its C++, its wrappers, the plain layer, the rule that takes it."""
+"""Mutants of the compiled CPU path of routed LoRA: its C++, its wrappers, the rule that takes it."""
 
 from .mutant import mutants_of
+from .routed_lora_layer import PLAIN_LAYER
 
 _OPERATORS = ("tests/test_routed_lora_operators.py", "tests/test_routed_lora_operator_errors.py")
 _LAYER = ("tests/test_routed_lora_native*.py", "tests/test_report.py")
@@ -204,59 +205,6 @@ _WRAPPERS = mutants_of(
     ],
 )
 
-_PLAIN_LAYER = mutants_of(
-    "clora_kernels/kernels/routed_lora/layer.py",
-    "layer",
-    _LAYER,
-    [
-        ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),
-        ("takes-a-group", "of a group the first is computed", "if len(projections) > 1:", "if len(projections) > 9:"),
-        ("takes-a-gate", "a gate is forgotten", '("routing", "gate")', '("routing",)'),
-        (
-            "takes-any-strides",
-            "an adapter with gaps is not left to others",
-            "t.dtype == torch.float32 and t.is_contiguous()",
-            "t.dtype == torch.float32",
-        ),
-        (
-            "takes-any-scaling",
-            "an fp64 scaling is not left to others",
-            "j.scaling.dtype != torch.float32 or not j.scaling.is_cpu",
-            "not j.scaling.is_cpu",
-        ),
-        ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
-        (
-            "unmasked-backward",
-            "in fp32 nothing drops in backward",
-            "if dtype == torch.float32 and j.seed is None and dy",
-            "if dtype == torch.float32 and dy",
-        ),
-        (
-            "unscaled-backward",
-            "in fp32 the gradient of p lacks the scaling",
-            "g = dy @ j.lora_B * j.scaling",
-            "g = dy @ j.lora_B",
-        ),
-        ("unscaled-dB", "in fp32 dB lacks the scaling", "dy.mT @ (q * j.scaling)", "dy.mT @ q"),
-        ("unmasked", "in fp32 nothing drops", "torch.float32 and j.seed is None:", "torch.float32:"),
-        ("unscaled", "in fp32 the scaling is forgotten", "y = (q * j.scaling) @", "y = q @"),
-        (
-            "q-scaled",
-            "what backward needs is scaled already",
-            "q = flat @ j.lora_A.mT\n",
-            "q = flat @ j.lora_A.mT * j.scaling\n",
-        ),
-        (
-            "few-rows-of-any-weight",
-            "a transposed weight is packed for few rows",
-            ".get(x.dtype, ()) and j.weight.stride(1) == 1:",
-            ".get(x.dtype, ()):",
-        ),
-        ("dscaling-without-B", "the gradient of scaling forgets B", ".mT * j.lora_B).sum()", ".mT).sum()"),
-        ("dbias-rounded", "the bias gradient is rounded to x.dtype", "dy.sum(0, dtype=torch.float32)", "dy.sum(0)"),
-    ],
-)
-
 _RULE = mutants_of(
     "clora_kernels/dispatch/routed_lora.py",
     "dispatch-native",
@@ -318,4 +266,4 @@ _SHORTCUTS = mutants_of(
     ],
 )
 
-NATIVE = [*_BLOCKS, *_FEW_ROWS, *_ROUNDING, *_OPERATOR, *_WRAPPERS, *_PLAIN_LAYER, *_RULE, *_SHORTCUTS]
+NATIVE = [*_BLOCKS, *_FEW_ROWS, *_ROUNDING, *_OPERATOR, *_WRAPPERS, *PLAIN_LAYER, *_RULE, *_SHORTCUTS]
