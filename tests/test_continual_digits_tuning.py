@@ -50,7 +50,7 @@ def small(examples, shorts, tmp_path, monkeypatch):
         if (stream.scenario, name) == small.fails:
             raise KeyboardInterrupt
         accuracies = TaskAccuracies(torch.full((3, 3), small.best[settings.lr]), torch.ones(3), torch.ones(3))
-        return examples[0].Run(accuracies, [], None, None)
+        return examples[0].Run(accuracies, [])
 
     monkeypatch.setattr(digits_methods, "CONTESTANTS", contestants)
     monkeypatch.setattr(digits_methods, "FEWER", {"sgd": (0.1, 0.2)})
