@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from clora_kernels import dropout_mask
+from clora_kernels.autograd.routed_lora.arguments import draw_seed
 
 from .contestants import BUILDERS, Generation, Problem, Training, step_of
 
@@ -45,9 +46,7 @@ class Replayed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        limits = torch.iinfo(torch.int64)
-        seed = torch.randint(limits.min, limits.max, (), dtype=torch.int64, device=x.device)
-        return x * dropout_mask(x, self.p, seed) / (1 - round(65536 * self.p) / 65536)
+        return x * dropout_mask(x, self.p, draw_seed(x.device)) / (1 - round(65536 * self.p) / 65536)
 
 
 def truths(problem: Problem) -> dict[str, Tensor]:
