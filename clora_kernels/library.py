@@ -43,9 +43,13 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def forward_mode_is_on() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def refuse_forward_mode(operation: str, tensors: Iterable[Tensor | None]) -> None:
     """RuntimeError where one of ``tensors`` carries a tangent, which the operators would lose."""
-    if forward_ad._current_level < 0:  # as nearly always
+    if not forward_mode_is_on():  # as nearly always
         return
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:
@@ -57,7 +61,7 @@ def refuse_forward_mode(operation: str, tensors: Iterable[Tensor | None]) -> Non
 
 def refuse_forward_mode_below_autograd(operation: str, tensors: Iterable[Tensor | None]) -> None:
     """The same inside an operator, which alone sees the tangents of what a compiled graph was called with."""
-    if forward_ad._current_level < 0:
+    if not forward_mode_is_on():
         return
     # to look at a tangent makes a view of it, which a key that is left out below autograd must see
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.ADInplaceOrView)

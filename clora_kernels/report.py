@@ -149,7 +149,9 @@ def _devices() -> list[str]:
 
 
 def _routed_lora() -> list[Availability]:
-    return _backends("routed_lora_lay_down", "compiled operators, plain layers on a CPU")
+    composite = "matmuls that ATen differentiates, plain calls in fp32 and fp64; any device"
+    operators = _backends("routed_lora_lay_down", "compiled operators, plain layers on a CPU")
+    return [Availability("composite", True, composite), *operators]
 
 
 def _gram_schmidt() -> list[Availability]:

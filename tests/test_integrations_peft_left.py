@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft_models import WIDTHS, assert_as_good, config, peft_model, results
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from clora_kernels.integrations.peft import accelerate, layers, restore
 
@@ -117,6 +118,26 @@ def test_a_lora_with_a_bias_is_left_alone() -> None:
     assert report.left_alone == {"base_model.model.0": "adapter 'default' has a bias"}
     with pytest.warns(UserWarning, match="has a bias"):
         same_as_peft(model, other)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_on_another_device_is_peft_s(part: str) -> None:
+    model = peft_model(config())
+    report = accelerate(model)
+    getattr(layer_of(model), part).to("meta" if call(1)[0].is_cpu else "cpu")
+    with pytest.warns(UserWarning, match="an adapter is on another device than x"):
+        layer_of(model)(call(2)[0])  # what torch makes of the two devices is its own
+    assert report.fell_back == {NAME: "an adapter is on another device than x"}
+
+
+def test_an_x_that_holds_other_tensors_is_peft_s() -> None:
+    model = peft_model(config())
+    other = copy.deepcopy(model)
+    report, x = accelerate(other), call(2)[0]
+    with pytest.warns(UserWarning, match="x is a TwoTensor"):
+        y = layer_of(other)(TwoTensor(x, 2 * x))
+    assert torch.equal(y.a, layer_of(model)(x)) and torch.equal(y.b, layer_of(model)(2 * x))
+    assert report.fell_back == {NAME: "x is a TwoTensor"}
 
 
 def test_hooks_of_all_modules_see_what_they_saw() -> None:

@@ -22,11 +22,12 @@ from clora_kernels import (
 )
 
 X, W, A, B = torch.randn(2, 3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+X16, W16 = X.bfloat16(), W.bfloat16()
 V = torch.randn(9, 4)
-LAYER = RoutedLoRALinear(8, 6, 4, routing=False)
+LAYER = RoutedLoRALinear(8, 6, 4, routing=False, dtype=torch.bfloat16)
 MISSED = {
-    "linear": ("routed_lora", routed_lora_linear, (X, W, A, B)),
-    "layer": ("routed_lora", LAYER, (X,)),
+    "linear": ("routed_lora", routed_lora_linear, (X16, W16, A, B)),
+    "layer": ("routed_lora", LAYER, (X16,)),
     "matrix": ("gram_schmidt", gram_schmidt, (V,)),
     "list": ("gram_schmidt", gram_schmidt_foreach, ([V, V[:5]],)),
     "basis": ("gram_schmidt", orthonormal_basis, (V,)),
@@ -87,12 +88,14 @@ def test_what_the_compiled_part_would_not_have_taken_does_not_warn(nothing_compi
     many = torch.zeros(1, 1).expand(1 << 19, 8)
     adapter = RoutedLoRA(W, A, B)
     calls = [
-        (routed_lora_linear, (X, W, A, B), {"backend": "aten"}),
-        (routed_lora_linear, (X, W, A, B), {"backend": "reference"}),
-        (routed_lora_linear, (X, W, A, B, torch.eye(4)), {}),
+        (routed_lora_linear, (X16, W16, A, B), {"backend": "aten"}),
+        (routed_lora_linear, (X16, W16, A, B), {"backend": "reference"}),
+        (routed_lora_linear, (X16, W16, A, B, torch.eye(4)), {}),
+        (routed_lora_linear, (X, W, A, B), {}),
         (routed_lora_linear, (X.double(), W.double(), A, B), {}),
         (routed_lora_linear, (many, W, A, B), {}),
         (routed_lora_linear_group, (X, [adapter, adapter]), {}),
+        (routed_lora_linear_group, (X16, [adapter._replace(weight=W16)] * 2), {}),
         (gram_schmidt, (V,), {"backend": "aten"}),
         (gram_schmidt, (V,), {"backend": "reference"}),
         (gram_schmidt, (V.double(),), {}),

@@ -9,6 +9,7 @@ import torch
 from strategies import dy_for
 
 from clora_kernels import dropout_mask, routed_lora_delta, routed_lora_linear
+from clora_kernels.autograd.routed_lora.arguments import dropout_tensors
 from clora_kernels.reference.routed_lora_samples import make_inputs
 from clora_kernels.testing import evaluate
 
@@ -46,6 +47,13 @@ def test_one_mask_forward_and_backward(device, mask_path, p, dtype, backend):
         dy[row] = 1
         dA = evaluate(run, inputs, dy, ["lora_A"])["lora_A"]
         assert torch.equal(dA > 0, expected[row].expand(K, K))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.77])
+def test_a_graph_drops_with_the_same_probability(p):
+    seed = torch.tensor(3)
+    compiled = torch.compile(lambda x: dropout_tensors(p, seed, True, x)[1], fullgraph=True, backend="aot_eager")
+    assert int(compiled(torch.ones(2))) == int(dropout_tensors(p, seed, True, torch.ones(2))[1]) == round(65536 * p)
 
 
 def test_mask_does_not_depend_on_strides_or_leading_dims(device):

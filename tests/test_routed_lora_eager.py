@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import RoutedLoRA, routed_lora_linear, routed_lora_linear_group
-from clora_kernels.autograd.routed_lora import function, functions
+from clora_kernels.autograd.routed_lora import calls, function
 from clora_kernels.reference.routed_lora_samples import make_inputs
 from clora_kernels.testing import dispatched, evaluate, saved_tensors
 
@@ -27,7 +27,7 @@ OPTIONS = {
 def path(request, monkeypatch):
     """Runs a test on the way of plain calls and on that of all others."""
     if request.param == "dispatched":
-        monkeypatch.setattr(functions, "is_plain", lambda x, tensors: False)
+        monkeypatch.setattr(calls, "is_plain", lambda x, tensors: False)
     return request.param
 
 
@@ -39,7 +39,7 @@ def test_both_ways_give_the_same_bits(device, monkeypatch, options, dtype):
     for subset in [names, *([name] for name in names)]:
         plain = evaluate(call, inputs, dy_for(inputs), subset)
         with monkeypatch.context() as patched:
-            patched.setattr(functions, "is_plain", lambda x, tensors: False)
+            patched.setattr(calls, "is_plain", lambda x, tensors: False)
             other = evaluate(call, inputs, dy_for(inputs), subset)
         assert plain.keys() == other.keys() and all(torch.equal(plain[k], other[k]) for k in plain), subset
 
@@ -48,8 +48,8 @@ def test_both_ways_give_the_same_bits(device, monkeypatch, options, dtype):
 def test_where_nothing_learns_no_function_is_made(device, monkeypatch, options):
     """The same bits without one, in every mode in which autograd does not look; a single tensor that learns has one."""
     inputs = make_inputs(**OPTIONS[options], scaling=None, device=device)
-    expected, made, right = call(**inputs), [], functions.RoutedLoRAEagerFunction.apply
-    monkeypatch.setattr(functions.RoutedLoRAEagerFunction, "apply", lambda *args: made.append(1) or right(*args))
+    expected, made, right = call(**inputs), [], calls.RoutedLoRAEagerFunction.apply
+    monkeypatch.setattr(calls.RoutedLoRAEagerFunction, "apply", lambda *args: made.append(1) or right(*args))
     found = [call(**inputs)]
     for name in [name for name in NAMES if isinstance(inputs.get(name), torch.Tensor)]:
         learning = {**inputs, name: inputs[name].detach().clone().requires_grad_()}

@@ -94,17 +94,17 @@ def test_the_repr_of_a_layer_whose_backend_runs():
 
 @pytest.mark.parametrize(
     ("K", "r", "routing", "path"),
-    [(8, 4, False, "native or aten, by size"), (8, 4, True, "aten"), (1 << 20, 16, False, "aten")],
+    [(8, 4, False, "composite or native or aten, by size"), (8, 4, True, "aten"), (1 << 20, 16, False, "aten")],
 )
 def test_the_repr_names_the_backends_that_calls_take(K, r, routing, path, monkeypatch):
     """A plain layer is computed by another backend where there is little to compute; in a wide one there never is."""
     layer = RoutedLoRALinear(K, 6, r, routing=routing)
-    taken = dict.fromkeys(explain(layer, torch.zeros(1, 1).expand(M, K)).backend for M in (1, 1 << 30))
+    taken = dict.fromkeys(explain(layer, torch.zeros(1, 1).expand(M, K)).backend for M in (1, 1 << 16, 1 << 30))
     assert repr(layer).endswith(f"path={' or '.join(taken)}{', by size' if len(taken) > 1 else ''})")
     if extension.has_op("routed_lora_lay_down", "cpu"):
         assert repr(layer).endswith(f"path={path})")
     monkeypatch.setattr(extension, "_kernels", frozenset())
-    assert repr(layer).endswith("path=aten)")
+    assert repr(layer).endswith(f"path={path.replace('native or ', '')})")
 
 
 def test_the_repr_asks_the_table_of_the_calls_that_drop(monkeypatch):

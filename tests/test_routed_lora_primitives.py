@@ -9,7 +9,7 @@ import torch
 from strategies import dy_for
 
 from clora_kernels import RoutedLoRA
-from clora_kernels.autograd.routed_lora.functions import prepare
+from clora_kernels.autograd.routed_lora.calls import prepare
 from clora_kernels.kernels.routed_lora import algebra, aten
 from clora_kernels.kernels.routed_lora.algebra import Dropout, Needs, Term
 from clora_kernels.reference.routed_lora_samples import make_inputs

@@ -144,6 +144,14 @@ CHANGES = {
 OPTIONS = ("routing", "frozen_routing", "routing_index", "gate", "base_output")
 
 
+def passes_every_check(x, j):
+    try:
+        arguments.check_projection(x, j)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 @settings(max_examples=400)
 @given(
     lead=st.sampled_from([(), (4,), (0,), (2, 2)]),
@@ -165,12 +173,9 @@ def test_what_passes_at_a_glance_passes_every_check(lead, sizes, changes, option
     x = fields.pop("x")
     fields |= dict.fromkeys(OPTIONS) | ({} if option is None else {option: torch.empty(r, device=device)})
     j = Projection(**fields, scaling=torch.ones(()), seed=None, threshold=None)
-    passes = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "_is_right", lambda x, j: False)
-        try:
-            arguments.check_projection(x, j)
-        except (TypeError, ValueError):
-            passes = False
-    glance = arguments._is_right(x, j)
-    assert glance == passes or (passes and (option is not None or j.weight is None))
+        patch.setattr(arguments, "is_plain_layer", lambda *tensors: False)
+        passes = passes_every_check(x, j)
+    assert passes_every_check(x, j) == passes
+    if option is None and j.weight is not None:
+        assert arguments.is_plain_layer(x, j.weight, j.lora_A, j.lora_B, j.bias) == passes

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import RoutedLoRA, routed_lora_linear
-from clora_kernels.autograd.routed_lora.functions import prepare
+from clora_kernels.autograd.routed_lora.calls import prepare
 from clora_kernels.dispatch.routed_lora import pack_projections
 from clora_kernels.kernels.routed_lora.algebra import Projection
 from clora_kernels.reference.routed_lora_samples import make_inputs
@@ -67,7 +67,7 @@ def test_double_backward(device, options):
     """It raises and names the way out, which works."""
     inputs = make_inputs(**SMALL, **{**OPTIONS, **FROZEN}[options], device=device)
     names = [name for name in TRAINED if options in OPTIONS or name not in ("lora_A", "lora_B")]
-    fn, leaves = function_of(inputs, names)
+    fn, leaves = function_of(inputs, names, backend="aten" if options == "plain" else "auto")
     dx = torch.autograd.grad(fn(*leaves).square().sum(), leaves[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"double backward.*backend='reference'"):
         dx.sum().backward()

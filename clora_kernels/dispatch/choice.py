@@ -24,7 +24,8 @@ def unavailable(op: str, backend: str, reason: str) -> ValueError:
     return ValueError(f"backend={backend!r} cannot run {op}: {reason}")
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless ``backend`` is a known name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+def check_backend(backend: str, *further: str) -> None:
+    """Raise ValueError unless ``backend`` is one that every operation knows, or one of ``further``."""
+    known = BACKENDS + further
+    if backend not in known:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, known))}")

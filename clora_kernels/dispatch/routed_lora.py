@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..kernels.routed_lora import aten, layer
+from ..kernels.routed_lora import aten, composite, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
-from ..kernels.routed_lora.tables import Table, call_of, table_of
+from ..kernels.routed_lora.tables import CPU, Table, call_of, table_for, table_of
 from ..library import define_operator, refuse_forward_mode_below_autograd, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
 from .indices import bounded, check_range
+
+_NAMED = "named by the caller"
+_COMPOSITE = "plain matmuls, differentiated by ATen"
 
 
 def _primitives(backend: str) -> Primitives:
@@ -37,11 +40,55 @@ def _primitives(backend: str) -> Primitives:
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
-    that it wins, ``native`` for a plain layer with little to compute on a CPU, else ``aten``, the only backend that is
-    proved on every device. Forward and backward of a call come to the same."""
+    that it wins, ``composite`` for a small plain call in fp32 or fp64 on a CPU, ``native`` for a plain layer with
+    little to compute there, else ``aten``, the only backend that is proved on every device."""
+    if backend == "composite":
+        if why_not := composite.why_not(x, projections):
+            raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
+        return Choice(backend, _COMPOSITE, _NAMED)  # Dynamo, which comes by here, warns of a cache
+    if backend == "auto" and takes_composite(x, projections):
+        M = math.prod(x.shape[:-1])
+        sizes = [(j.lora_A.shape[1], j.lora_B.shape[0], j.seed is not None) for j in projections]
+        if all(composite.is_faster(M, *of_one) for of_one in sizes):
+            return _choice("composite", backend)
+    return _choose_operator(x, projections, backend)
+
+
+def takes_composite(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether ``auto`` computes these by ATen's own autograd, as far as a compiler can tell: there it is what it can
+    fuse. On devices other than a CPU it was never measured."""
+    return x.is_cpu and not is_tuned_cpu() and not composite.why_not(x, projections)
+
+
+def glance(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, drops: bool) -> str:
+    """What :func:`choose` says of a plain layer whose tensors are right, where that is "composite" or, in 16 bit,
+    "native"; else nothing."""
+    if not x.is_cpu or is_tuned_cpu():
+        return ""
+    dtype, M = x.dtype, math.prod(x.shape[:-1])
+    if dtype in composite.DTYPES:
+        of_one_dtype = lora_A.dtype == lora_B.dtype == dtype and (bias is None or bias.dtype == dtype)
+        small = of_one_dtype and composite.is_faster(M, lora_A.shape[1], lora_B.shape[0], drops)
+        return "composite" if small else ""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    little = layer.takes(lora_A) and layer.takes(lora_B) and layer.has_little_work(M, lora_A, lora_B)
+    return "native" if little and layer.is_built() else ""
+
+
+def is_tuned_cpu() -> bool:
+    """Whether a table tells of calls on this CPU, as only one of Triton's interpreter can."""
+    return bool(table_for(CPU).calls)
+
+
+is_tuned_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot trace how a table is read
+
+
+def _choose_operator(x: Tensor, projections: Sequence[Projection], backend: str) -> Choice:
+    """The rule among the backends that the operators have. Forward and backward of a call come to the same."""
     why = ""
     if backend != "auto":
-        check_backend(backend)
+        check_backend(backend, "composite")
     elif (table := table_of(x)).calls:
         wins, why = _says(table, x, projections)
         if wins:
@@ -53,7 +100,7 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
         if backend == "native" and why_not:
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
         if why_not in ("", extension.CPU_MISSING) and (
-            backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), projections[0])
+            backend == "native" or layer.has_little_work(math.prod(x.shape[:-1]), *projections[0][1:3])
         ):
             if not why_not:
                 return _choice("native", backend)
@@ -64,9 +111,10 @@ def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") 
     return _choice(chosen, backend, why, x.dtype, projections[0].base_output is not None)
 
 
-def decide(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> str:
-    """The backend of :func:`choose` for a call that runs now, which warns once where the compiled part is missed."""
-    choice = choose(x, projections, backend)
+def decide(x: Tensor, projections: Sequence[Projection], backend: str = "auto", operator: bool = False) -> str:
+    """The backend of a call that runs now, or of one inside the ``operator``, which warns once where the compiled part
+    is missed."""
+    choice = (_choose_operator if operator else choose)(x, projections, backend)
     if choice.reason == extension.CPU_MISSING:
         extension.warn_once("routed_lora", x.device.type)
     return choice.backend
@@ -84,21 +132,22 @@ def _says(table: Table, x: Tensor, projections: Sequence[Projection]) -> tuple[b
 def _choice(
     chosen: str, backend: str, why: str = "", dtype: torch.dtype | None = None, has_base_output: bool = False
 ) -> Choice:
-    named = "named by the caller"
     if chosen == "reference":
-        return Choice(chosen, "plain PyTorch", f"{named}; differentiable twice, slower, more memory")
+        return Choice(chosen, "plain PyTorch", f"{_NAMED}; differentiable twice, slower, more memory")
+    if chosen == "composite":
+        return Choice(chosen, _COMPOSITE, "a small plain call")
     if chosen == "native":
         strategy = "what is of rank r first, in one compiled call or by MKL; the frozen matmul accumulates on it"
-        return Choice(chosen, strategy, named if backend == chosen else "a plain layer with little to compute")
+        return Choice(chosen, strategy, _NAMED if backend == chosen else "a plain layer with little to compute")
     if chosen == "triton":
-        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", why or named)
+        return Choice(chosen, "fused kernels, low-rank term and frozen matmul in one fp32 sum", why or _NAMED)
     if has_base_output:
         strategy = "low-rank term added onto base_output in one fp32 sum"
     elif dtype in (torch.bfloat16, torch.float16):
         strategy = "low-rank term first, frozen matmul accumulates on it in fp32"
     else:
         strategy = "frozen matmul first, low-rank term added onto it in the same precision"
-    return Choice(chosen, strategy, why or named)
+    return Choice(chosen, strategy, why or _NAMED)
 
 
 def why_not_triton(dtype: torch.dtype, device_type: str, device_index: int | None) -> str:
@@ -193,7 +242,7 @@ def _forward(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) 
     projections = unpack_projections(tensors, given)
     for j in projections:
         check_index(j)
-    return run_forward(x, projections, decide(x, projections, backend))
+    return run_forward(x, projections, decide(x, projections, backend, operator=True))
 
 
 def _forward_fake(x: Tensor, tensors: list[Tensor], given: list[bool], backend: str) -> list[Tensor]:
@@ -221,7 +270,7 @@ def _backward(
 ) -> list[Tensor]:
     projections = unpack_projections(tensors, given)
     like = dys[0].new_empty(0, dtype=dtype).expand(*dys[0].shape[:-1], 0)  # what forward chose by
-    chosen = choose(like, projections, backend).backend
+    chosen = _choose_operator(like, projections, backend).backend
     grads = run_backward(dys, x, kept, dtype, need_x, _unpack_needs(needs), projections, chosen)
     return [dys[0].new_empty(0) if g is None else g.contiguous() for g in grads]
 

@@ -51,7 +51,7 @@ def dispatched() -> Iterator[list[str]]:
     """What backends did in the block, in order, as ``"routed_lora.aten.shrink"``: op, module of the backend, function.
 
     A backend brings the methods of the protocol ``Primitives`` in its op's ``kernels.<op>.algebra``, or in a module
-    ``layer`` the whole of it: ``forward`` and ``backward``.
+    ``layer`` the whole of it, ``forward`` and ``backward``, or in a module ``composite`` its ``forward``.
     """
     calls: list[str] = []
     with ExitStack() as stack:
@@ -89,3 +89,5 @@ def _backends(op: str) -> Iterator[tuple[ModuleType, list[str]]]:
             yield module, names
         elif found.name == f"{op}.layer":
             yield module, ["forward", "backward"]
+        elif found.name == f"{op}.composite":  # ATen has its backward
+            yield module, ["forward"]

@@ -34,6 +34,7 @@ from .routed_lora_arguments import ARGUMENTS
 from .routed_lora_aten import ATEN
 from .routed_lora_autograd import AUTOGRAD
 from .routed_lora_banks import BANKS
+from .routed_lora_composite import COMPOSITE
 from .routed_lora_dispatch import DISPATCH
 from .routed_lora_eager import EAGER
 from .routed_lora_modules import MODULES
@@ -63,6 +64,7 @@ MUTANTS: list[Mutant] = [
     *CPU_MATMUL,
     *VIEWS,
     *DISPATCH,
+    *COMPOSITE,
     *INDICES,
     *AUTOGRAD,
     *EAGER,

@@ -31,7 +31,7 @@ FORWARD_MODE = [
         ],
     ),
     *mutants_of(
-        "clora_kernels/autograd/routed_lora/functions.py",
+        "clora_kernels/autograd/routed_lora/calls.py",
         "forward-mode-routed",
         _ROUTED,
         [("of-x-alone", "tangents of others than x are lost",

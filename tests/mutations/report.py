@@ -38,7 +38,7 @@ REPORT = [
         _EXPLAIN,
         [
             ("training-unchecked", "explain takes any training",
-             '    _check_training(arguments["training"])\n', ""),
+             '    check_training(arguments["training"])\n', ""),
             ("weight-unchecked", "explain takes a layer without a weight",
              "        if fn is routed_lora_linear:\n", "        if fn is None:\n"),
             ("group-unchecked", "explain takes what is no group",

@@ -16,8 +16,8 @@ _ARGUMENTS = mutants_of(
         (
             "layout-at-a-glance",
             "a sparse lora_A passes at a glance",
-            "        and A.layout is B.layout is W.layout is torch.strided\n",
-            "        and B.layout is W.layout is torch.strided\n",
+            "        and lora_A.layout is lora_B.layout is weight.layout is torch.strided\n",
+            "        and lora_B.layout is weight.layout is torch.strided\n",
         ),
         (
             "layout-of-the-bias",

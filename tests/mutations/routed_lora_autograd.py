@@ -115,6 +115,39 @@ _FUNCTION = mutants_of(
 _FUNCTIONS = mutants_of(
     "clora_kernels/autograd/routed_lora/functions.py",
     "functions",
+    tuple(f"tests/test_routed_lora_{what}.py" for what in ("composite", "options", "errors", "dropout", "merge")),
+    [
+        ("group-names-no-layer", "errors of a group do not tell which layer", "adapters[{}].", "adapters."),
+        (
+            "empty-group-passes",
+            "a group of no layers is not refused",
+            "    if not adapters:\n",
+            "    if adapters is None:\n",
+        ),
+        (
+            "options-at-a-glance",
+            "a routing is forgotten where the rest is plain",
+            'backend == "auto" and routing is frozen_routing is',
+            'backend == "auto" and frozen_routing is',
+        ),
+        (
+            "named-at-a-glance",
+            "a backend that was named is not taken for a small call",
+            'if backend == "auto" and routing is',
+            "if routing is",
+        ),
+        (
+            "seed-at-a-glance",
+            "a draw is not replayed in a small call",
+            "routing_index is gate is dropout_seed is None:",
+            "routing_index is gate is None:",
+        ),
+    ],
+)
+
+_CALLS = mutants_of(
+    "clora_kernels/autograd/routed_lora/calls.py",
+    "calls",
     tuple(f"tests/test_routed_lora_{what}.py" for what in ("options", "errors", "dropout", "merge")),
     [
         (
@@ -141,7 +174,6 @@ _FUNCTIONS = mutants_of(
             "dropout_tensors(adapter.dropout_p, adapter.dropout_seed, training, x)",
             "dropout_tensors(adapter.dropout_p, adapter.dropout_seed, True, x)",
         ),
-        ("group-names-no-layer", "errors of a group do not tell which layer", "adapters[{}].", "adapters."),
         (
             "reference-without-gate",
             "backend='reference' forgets the gate",
@@ -161,12 +193,6 @@ _FUNCTIONS = mutants_of(
             "            place.strip()\n",
         ),
         (
-            "empty-group-passes",
-            "a group of no layers is not refused",
-            "    if not adapters:\n",
-            "    if adapters is None:\n",
-        ),
-        (
             "checks-skipped",
             "the arguments are not checked",
             "        check_projection(x, j, place)\n",
@@ -175,4 +201,88 @@ _FUNCTIONS = mutants_of(
     ],
 )
 
-AUTOGRAD = [*_FUNCTION, *_FUNCTIONS]
+_GLANCE = mutants_of(
+    "clora_kernels/autograd/routed_lora/calls.py",
+    "glance",
+    ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_errors.py"),
+    [
+        ("of-any-dropout", "dropout_p above 1 passes at a glance", " and 0 <= dropout_p <= 1)", ")"),
+        ("of-any-training", "training may be anything at a glance", "        or type(training) is not bool\n", ""),
+        ("of-any-layout", "a sparse x passes at a glance", "        or x.layout is not torch.strided\n", ""),
+        ("under-autocast", "autocast does not reach a small layer", "        or autocast_is_on(x)\n", ""),
+        (
+            "drops-while-not-training",
+            "a small layer drops outside training",
+            "seed, threshold = dropout_tensors(dropout_p, None, training, x)",
+            "seed, threshold = dropout_tensors(dropout_p, None, True, x)",
+        ),
+        (
+            "native-drops-while-not-training",
+            "a compiled layer drops outside training",
+            "draw = dropout_tensors(dropout_p, None, training, x)",
+            "draw = dropout_tensors(dropout_p, None, True, x)",
+        ),
+        (
+            "native-though-it-learns",
+            "a compiled layer that learns gets no gradient",
+            "if chosen and not learns(x, tensors) and",
+            "if chosen and",
+        ),
+        (
+            "native-under-transforms",
+            "a compiled layer passes transforms by",
+            "not learns(x, tensors) and is_plain(x, tensors) and",
+            "not learns(x, tensors) and",
+        ),
+        (
+            "native-loses-tangents",
+            "a compiled layer loses tangents",
+            " and is_plain(x, tensors) and not forward_mode_is_on():",
+            " and is_plain(x, tensors):",
+        ),
+        (
+            "native-biasless",
+            "a compiled layer forgets its bias",
+            "None, None, None, None, bias, None, scaling_tensor(scaling, x), *draw)",
+            "None, None, None, None, None, None, scaling_tensor(scaling, x), *draw)",
+        ),
+        (
+            "kept-unscaled",
+            "what a small layer keeps counts once",
+            "scaling = scaling * _kept_value(seed, dropout_p)",
+            "scaling = scaling * 1.0",
+        ),
+        (
+            "composite-kept-unscaled",
+            "what a plain layer keeps counts once",
+            "scaling = scaling * _kept_value(j.seed, adapter.dropout_p)",
+            "scaling = scaling * 1.0",
+        ),
+        (
+            "composite-kept-unscaled-in-a-graph",
+            "what a plain layer keeps counts once in a graph",
+            "scaling = scaling * Dropout(j.seed, j.threshold).kept_value(x.dtype)",
+            "scaling = scaling * 1.0",
+        ),
+        (
+            "scaling-does-not-learn",
+            "the scaling of a plain layer gets no gradient",
+            "if not isinstance(adapter.scaling, Tensor):",
+            "if True:",
+        ),
+        (
+            "scaling-in-the-graph",
+            "a number for scaling is a constant of the graph",
+            "    if not compiling:\n        if not isinstance(adapter.scaling, Tensor):",
+            "    if True:\n        if not isinstance(adapter.scaling, Tensor):",
+        ),
+        (
+            "dropping-graph",
+            "a graph that drops keeps its mask",
+            "and all(j.seed is None for j in projections):",
+            "and projections:",
+        ),
+    ],
+)
+
+AUTOGRAD = [*_FUNCTION, *_FUNCTIONS, *_CALLS, *_GLANCE]

@@ -49,7 +49,7 @@ DISPATCH = mutants_of(
         (
             "unknown-backend-passes",
             "any backend is taken for aten",
-            "        check_backend(backend)\n",
+            '        check_backend(backend, "composite")\n',
             "        why = backend\n",
         ),
         (

@@ -23,19 +23,6 @@ PLAIN_LAYER = mutants_of(
             "not j.scaling.is_cpu",
         ),
         ("work-at-the-limit", "work at the limit is not little", "<= LITTLE_WORK", "< LITTLE_WORK"),
-        (
-            "unmasked-backward",
-            "in fp32 nothing drops in backward",
-            "if dtype == torch.float32 and j.seed is None and dy",
-            "if dtype == torch.float32 and dy",
-        ),
-        (
-            "unscaled-backward",
-            "in fp32 the gradient of p lacks the scaling",
-            "g = dy @ j.lora_B * j.scaling",
-            "g = dy @ j.lora_B",
-        ),
-        ("unscaled-dB", "in fp32 dB lacks the scaling", "dy.mT @ (q * j.scaling)", "dy.mT @ q"),
         ("unmasked", "in fp32 nothing drops", "torch.float32 and j.seed is None:", "torch.float32:"),
         ("unscaled", "in fp32 the scaling is forgotten", "y = (q * j.scaling) @", "y = q @"),
         (

@@ -214,7 +214,7 @@ _RULE = mutants_of(
         (
             "for-any-work",
             "auto takes it for any work",
-            "layer.has_little_work(math.prod(x.shape[:-1]), projections[0])",
+            "layer.has_little_work(math.prod(x.shape[:-1]), *projections[0][1:3])",
             "True",
         ),
         (
@@ -226,7 +226,7 @@ _RULE = mutants_of(
         (
             "reason",
             "auto's choice is said to be the caller's",
-            'named if backend == chosen else "a plain layer with little to compute"',
+            '_NAMED if backend == chosen else "a plain layer with little to compute"',
             "named",
         ),
     ],
@@ -256,12 +256,12 @@ _SHORTCUTS = mutants_of(
             "if not isinstance(value, (float, int)):",
         ),
         ("rank-0-passes", "rank 0 passes at a glance", "        and r > 0\n", ""),
-        ("dtype-passes", "a weight of another dtype passes at a glance", "        and W.dtype == x.dtype\n", ""),
+        ("dtype-passes", "a weight of another dtype passes at a glance", "        and weight.dtype == x.dtype\n", ""),
         (
             "frozen-passes",
             "a frozen routing without routing passes at a glance",
-            "if not (j.routing is j.frozen_routing is j.routing_index",
-            "if not (j.routing is j.routing_index",
+            "without_options = j.routing is j.frozen_routing is",
+            "without_options = j.routing is",
         ),
     ],
 )

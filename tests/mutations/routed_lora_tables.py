@@ -183,67 +183,77 @@ _OF_TABLES = mutants_of(
     ],
 )
 
-_DISPATCH = mutants_of(
-    "clora_kernels/dispatch/routed_lora.py",
-    "auto",
-    _TUNING,
-    [
-        ("never-triton", "auto never takes triton", "        if wins:\n", "        if wins is None:\n"),
-        (
-            "always-triton",
-            "a table that knows the call is one for triton",
-            "return verdict.wins and not",
-            "return True and not",
-        ),
-        (
-            "triton-that-cannot-run",
-            "triton is taken where it cannot run",
-            "return verdict.wins and not why_not_triton(x.dtype, x.device.type, x.device.index), ",
-            "return verdict.wins, ",
-        ),
-        (
-            "silence-untold",
-            "nobody is told why the table is not used",
-            "        why = table.silence\n",
-            '        why = ""\n',
-        ),
-        (
-            "reason-untold",
-            "nobody is told what the table says",
-            "x.device.index), verdict.reason",
-            "x.device.index), table.silence",
-        ),
-    ],
-) + mutants_of(
-    "clora_kernels/autograd/routed_lora/functions.py",
-    "auto",
-    _TUNING,
-    [
-        (
-            "chosen-before-the-draw",
-            "auto does not see dropout",
-            "chosen = decide(x, projections)\n",
-            "chosen = decide(x, [j._replace(threshold=None) for j in projections])\n",
-        ),
-        (
-            "explained-without-dropout",
-            "an explanation does not see dropout",
-            '[_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]',
-            "projections",
-        ),
-        (
-            "explained-as-training",
-            "an explanation takes every call for training",
-            '_draw(j, a, arguments["training"], x)',
-            "_draw(j, a, True, x)",
-        ),
-        (
-            "explanation-draws",
-            "an explanation draws a seed",
-            "zip(projections, replayed, strict=True)",
-            "zip(projections, adapters, strict=True)",
-        ),
-    ],
+_DISPATCH = (
+    mutants_of(
+        "clora_kernels/dispatch/routed_lora.py",
+        "auto",
+        _TUNING,
+        [
+            ("never-triton", "auto never takes triton", "        if wins:\n", "        if wins is None:\n"),
+            (
+                "always-triton",
+                "a table that knows the call is one for triton",
+                "return verdict.wins and not",
+                "return True and not",
+            ),
+            (
+                "triton-that-cannot-run",
+                "triton is taken where it cannot run",
+                "return verdict.wins and not why_not_triton(x.dtype, x.device.type, x.device.index), ",
+                "return verdict.wins, ",
+            ),
+            (
+                "silence-untold",
+                "nobody is told why the table is not used",
+                "        why = table.silence\n",
+                '        why = ""\n',
+            ),
+            (
+                "reason-untold",
+                "nobody is told what the table says",
+                "x.device.index), verdict.reason",
+                "x.device.index), table.silence",
+            ),
+        ],
+    )
+    + mutants_of(
+        "clora_kernels/autograd/routed_lora/calls.py",
+        "auto",
+        _TUNING,
+        [
+            (
+                "chosen-before-the-draw",
+                "auto does not see dropout",
+                "chosen = decide(x, projections)\n",
+                "chosen = decide(x, [j._replace(threshold=None) for j in projections])\n",
+            ),
+        ],
+    )
+    + mutants_of(
+        "clora_kernels/autograd/routed_lora/functions.py",
+        "auto",
+        _TUNING,
+        [
+            (
+                "explained-without-dropout",
+                "an explanation does not see dropout",
+                '[draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]',
+                "projections",
+            ),
+            (
+                "explained-as-training",
+                "an explanation takes every call for training",
+                'draw(j, a, arguments["training"], x)',
+                "draw(j, a, True, x)",
+            ),
+            (
+                "explanation-draws",
+                "an explanation draws a seed",
+                "zip(projections, replayed, strict=True)",
+                "zip(projections, adapters, strict=True)",
+            ),
+        ],
+    )
 )
 
 TABLES = [*_TILES, *_CANDIDATES, *_RECORDS, *_OF_TABLES, *_DISPATCH]

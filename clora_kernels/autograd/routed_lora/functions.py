@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dispatch.choice import Choice, check_backend
-from ...dispatch.routed_lora import check_index, choose, decide, pack_projections, routed_lora, run_forward
-from ...kernels.routed_lora.algebra import Projection
-from ...library import autocast_is_on, refuse_forward_mode, without_autocast
-from ...reference import routed_lora as reference
-from .arguments import check_dropout, check_projection, check_tensor, check_x, dropout_tensors, scaling_tensor
-from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain, learns
+from ...dispatch.choice import Choice
+from ...dispatch.routed_lora import choose
+from .arguments import check_tensor
+from .calls import RoutedLoRA, check_training, draw, prepare, run, run_plain
 
 _PLACE = "adapters[{}]."
-
-
-class RoutedLoRA(NamedTuple):
-    """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
-
-    weight: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    routing: Tensor | None = None
-    bias: Tensor | None = None
-    frozen_routing: Tensor | None = None
-    routing_index: Tensor | None = None
-    gate: Tensor | None = None
-    scaling: float | Tensor = 1.0
-    dropout_p: float = 0.0
-    dropout_seed: Tensor | None = None
 
 
 def routed_lora_linear(
@@ -80,8 +61,10 @@ def routed_lora_linear(
         dropout_seed: 0-dim int64 tensor that replays a draw; drawn from torch's generator if None.
         training: False switches dropout off.
         backend: "auto", "aten", "triton" (fused kernels on a GPU; "auto" takes it where a table made by ``python -m
-            clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built), or
-            "reference" (plain PyTorch, differentiable any number of times).
+            clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built),
+            "composite" (a plain layer in fp32 or fp64 as matmuls that ATen differentiates: "auto" on a CPU where there
+            is little to compute, and in compiled graphs), or "reference" (plain PyTorch, differentiable any number of
+            times).
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype
@@ -89,13 +72,18 @@ def routed_lora_linear(
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what came and what was expected, before anything runs.
-        RuntimeError: when differentiated twice, or in forward mode, with a backend other than "reference".
+        RuntimeError: when differentiated twice, or in forward mode, with a backend other than "reference" and
+            "composite".
     """
+    if backend == "auto" and routing is frozen_routing is routing_index is gate is dropout_seed is None:
+        y = run_plain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
+        if y is not None:
+            return y
     adapter = RoutedLoRA(
         weight, lora_A, lora_B, routing, bias, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
     )
     check_tensor("weight", weight)
-    return _run(x, [adapter], None, training, backend)[0]
+    return run(x, [adapter], None, training, backend)[0]
 
 
 def routed_lora_linear_group(
@@ -114,7 +102,7 @@ def routed_lora_linear_group(
     Raises:
         As :func:`routed_lora_linear`, the argument's name preceded by ``adapters[j].``.
     """
-    return list(_run(x, _checked_group(adapters), None, training, backend, _PLACE))
+    return list(run(x, _checked_group(adapters), None, training, backend, _PLACE))
 
 
 def _checked_group(adapters: Any) -> list[RoutedLoRA]:
@@ -165,95 +153,7 @@ def routed_lora_delta(
     adapter = RoutedLoRA(
         None, lora_A, lora_B, routing, None, frozen_routing, routing_index, gate, scaling, dropout_p, dropout_seed
     )
-    return _run(x, [adapter], base_output, training, backend)[0]
-
-
-def _run(
-    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, training: bool, backend: str, prefix: str = ""
-) -> Sequence[Tensor]:
-    _check_training(training)
-    x, projections = prepare(x, adapters, base_output, prefix)
-    # Under a compiler the operator chooses when it runs: a choice by M would compile a graph for each outcome.
-    compiling = torch.compiler.is_compiling()
-    late = compiling and backend != "reference"
-    chosen = backend
-    if late:
-        check_backend(backend)
-    elif backend != "auto":  # one that cannot run says so before a seed is drawn
-        chosen = choose(x, projections, backend).backend
-    projections = [_draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
-    if backend == "auto" and not late:  # tables tell calls that drop from those that do not
-        chosen = decide(x, projections)
-    if chosen == "reference":
-        return [_reference(x, a, j) for a, j in zip(adapters, projections, strict=True)]
-    tensors, given = pack_projections(projections)
-    refuse_forward_mode("routed_lora", (x, *tensors))
-    if compiling:
-        # The operator has the gradients of the Function. Dynamo traces no Function that gets a tensor twice (a group
-        # with one gate), nor one with *tensors where nothing learns.
-        return routed_lora(x, tensors, given, chosen)[: len(projections)]
-    if is_plain(x, tensors):
-        if not learns(x, tensors):
-            return run_forward(x, projections, chosen)[: len(projections)]
-        return RoutedLoRAEagerFunction.apply(x, projections, tuple(given), chosen, *tensors)
-    return RoutedLoRAFunction.apply(x, tuple(given), chosen, *tensors)[: len(projections)]
-
-
-def _check_training(training: Any) -> None:
-    if not isinstance(training, bool):
-        raise TypeError(f"training: got {type(training).__name__}, expected True or False")
-
-
-def _draw(j: Projection, adapter: RoutedLoRA, training: bool, x: Tensor) -> Projection:
-    seed, threshold = dropout_tensors(adapter.dropout_p, adapter.dropout_seed, training, x)
-    return j if seed is None else Projection(*j[:-2], seed, threshold)
-
-
-def prepare(
-    x: Tensor, adapters: list[RoutedLoRA], base_output: Tensor | None, prefix: str = ""
-) -> tuple[Tensor, list[Projection]]:
-    """x and the checked tensors of each projection, in the dtypes in which they run (those of autocast if it is on);
-    the draws of dropout are still to be made."""
-    check_x(x)
-    autocast = autocast_is_on(x)
-    x = _autocast(x) if autocast else x
-    projections = []
-    for i, a in enumerate(adapters):
-        place = prefix and prefix.format(i)
-        scaling = scaling_tensor(a.scaling, x, place)
-        check_dropout(a.dropout_p, a.dropout_seed, x, place)
-        weight = _autocast(a.weight) if autocast and a.weight is not None else a.weight
-        options = (a.routing, a.frozen_routing, a.routing_index, a.gate, a.bias)
-        j = Projection(weight, a.lora_A, a.lora_B, *options, base_output, scaling, None, None)
-        check_projection(x, j, place)
-        if j.routing_index is not None and not torch.compiler.is_compiling():  # then the operator does it
-            check_index(j, place)
-        projections.append(j)
-    return x, projections
-
-
-def _autocast(t: Tensor) -> Tensor:
-    """What F.linear would compute with: autocast leaves fp64 alone."""
-    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
-
-
-def _reference(x: Tensor, adapter: RoutedLoRA, j: Projection) -> Tensor:
-    with without_autocast(x):
-        return reference.forward(
-            x,
-            j.weight,
-            j.lora_A,
-            j.lora_B,
-            j.routing,
-            j.bias,
-            frozen_routing=j.frozen_routing,
-            routing_index=j.routing_index,
-            gate=j.gate,
-            scaling=j.scaling,
-            dropout_p=0.0 if j.seed is None else adapter.dropout_p,
-            dropout_seed=j.seed,
-            base_output=j.base_output,
-        )
+    return run(x, [adapter], base_output, training, backend)[0]
 
 
 def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
@@ -266,8 +166,8 @@ def explain_call(fn: Any, arguments: dict[str, Any]) -> Choice:
         adapters = [RoutedLoRA(**{"weight": None, **fields})]
         if fn is routed_lora_linear:
             check_tensor("weight", adapters[0].weight)
-    _check_training(arguments["training"])
+    check_training(arguments["training"])
     x, projections = prepare(arguments["x"], adapters, base, prefix)
     replayed = [a._replace(dropout_seed=torch.tensor(0)) for a in adapters]  # nothing is drawn for an explanation
-    projections = [_draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
+    projections = [draw(j, a, arguments["training"], x) for j, a in zip(projections, replayed, strict=True)]
     return choose(x, projections, arguments["backend"])

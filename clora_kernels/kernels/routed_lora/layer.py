@@ -29,11 +29,6 @@ _FEW_ROWS_FORWARD = {torch.float32: range(1, 3)}
 _FEW_ROWS_BACKWARD = {torch.bfloat16: range(1, 9), torch.float32: range(2, 9), torch.float16: range(1, 9)}
 
 
-# Rows for which MKL is faster backward in fp32 where nothing drops: 16×768×2048, rank 16, takes 57 µs in place of 106,
-# with 8 rows 35 and 49, with 128 480 and 365.
-_MKL_ROWS_BACKWARD = range(9, 128)
-
-
 def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
     """Why these projections cannot be computed so; empty if they can, ``extension.CPU_MISSING`` if nothing else is in
     the way."""
@@ -47,20 +42,24 @@ def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
         return f"it has no {' and no '.join(given)}"
     if not compiled.takes(x):
         return f"it is not built for {x.dtype} on {x.device.type}"
-    if not (_is_plain_fp32(j.lora_A) and _is_plain_fp32(j.lora_B)):
+    if not (takes(j.lora_A) and takes(j.lora_B)):
         return "it takes lora_A and lora_B in fp32 and contiguous"
     if j.scaling.dtype != torch.float32 or not j.scaling.is_cpu:
         return "it takes an fp32 scaling on the CPU"
-    return "" if extension.has_op("routed_lora_lay_down", "cpu") else extension.CPU_MISSING
+    return "" if is_built() else extension.CPU_MISSING
 
 
-def _is_plain_fp32(t: Tensor) -> bool:
+def is_built() -> bool:
+    return extension.has_op("routed_lora_lay_down", "cpu")
+
+
+def takes(t: Tensor) -> bool:
+    """Whether ``t`` is a lora_A or lora_B as the compiled call reads them."""
     return t.dtype == torch.float32 and t.is_contiguous()
 
 
-def has_little_work(M: int, j: Projection) -> bool:
-    N, r = j.lora_B.shape
-    return M * r * (j.lora_A.shape[1] + N) <= LITTLE_WORK
+def has_little_work(M: int, lora_A: Tensor, lora_B: Tensor) -> bool:
+    return M * lora_A.shape[0] * (lora_A.shape[1] + lora_B.shape[0]) <= LITTLE_WORK
 
 
 def forward(x: Tensor, j: Projection) -> tuple[list[Tensor], list[Tensor]]:
@@ -89,13 +88,7 @@ def backward(
     lead, dy = dy.shape[:-1], cast(flatten(dy), dtype)
     x_flat = None if x is None else flatten(x)
     dx = dA = dB = dscaling = None
-    if dtype == torch.float32 and j.seed is None and dy.shape[0] in _MKL_ROWS_BACKWARD:
-        if need_x or need.lora_A:
-            g = dy @ j.lora_B * j.scaling
-            dx = g @ j.lora_A if need_x else None
-            dA = g.mT @ x_flat if need.lora_A else None
-        dB = dy.mT @ (q * j.scaling) if need.lora_B else None
-    elif need_x or need.lora_A or need.lora_B:
+    if need_x or need.lora_A or need.lora_B:
         lay_down = torch.ops.clora_kernels.routed_lora_lay_down_backward.default
         wanted = (need_x, need.lora_A, need.lora_B)
         read = dy if x_flat is None else x_flat

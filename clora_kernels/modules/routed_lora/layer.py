@@ -111,7 +111,7 @@ class RoutedLoRALinear(AdapterLinear):
             raise ValueError(f"routing: got {routing!r}, expected True, False or the number of routings of a bank")
         if frozen_routing and routing is False:
             raise ValueError("frozen_routing: got True with routing=False, expected a routing beside it")
-        check_backend(backend)
+        check_backend(backend, "composite")
         self.r, self.dropout_p, self.backend = operator.index(r), dropout_p, backend
         self.scaling = scaling
         dtype = adapter_dtype or default_adapter_dtype(self.weight.dtype)

@@ -1,0 +1,94 @@
+"""Plain LoRA as matmuls that ATen itself differentiates, for calls so small that being called is what they cost.
+
+A Function and its Python take longer than the products of a small layer. In the dtype of the sums nothing is rounded
+on the way, so the frozen product may come first and the adapter be added onto it; what ATen keeps for backward is what
+the package's own backward would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dropout_mask import dropout_mask
+from .algebra import Projection
+
+DTYPES = (torch.float32, torch.float64)
+"""Those of the sums, in which an adapter that is added later is not rounded away."""
+
+# Elements of x and y up to which it is faster than the other backends, which pass over them less often. One thread of a
+# Zen 4, forward + backward, rank 16, µs here and there: 8×64×64 119 and 217, 128×768×768 3850 and 4170, 512×256×256
+# 2140 and 2480, but 256×768×3072 28400 and 26100.
+_MOST_ELEMENTS = 1 << 19
+# With dropout ATen keeps a mask and the masked x too; so many elements of x may they have. 64×768×768 2920 and 3130.
+_MOST_DROPPED = 1 << 16
+# So few rows of a weight beyond the caches are a walk through it, for which the compiled part has kernels:
+# 2×2048×2048 takes 4600 and 3600, 8×2048×2048 5700 and 5200, but 4×768×768 590 and 830, 1×2048×2048 2300 and 2500.
+_FEW_ROWS, _LARGE_WEIGHT = range(2, 9), 1 << 21
+
+
+def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
+    """Why these projections cannot be computed so, by what a compiler knows too (not the number of rows); empty if they
+    can."""
+    dtype = x.dtype
+    if dtype not in DTYPES:
+        return f"it would round an adapter of {dtype}"
+    for j in projections:
+        if not (j.routing is j.gate is None):
+            return "it has no routing and no gate"
+        if not (
+            j.lora_A.dtype == j.lora_B.dtype == dtype
+            and (j.bias is None or j.bias.dtype == dtype)
+            and (j.base_output is None or j.base_output.dtype == dtype)
+        ):
+            return f"it takes adapter, bias and base_output in the dtype of x, {dtype}"
+    return ""
+
+
+def is_faster(M: int, K: int, N: int, drops: bool) -> bool:
+    """Whether it is the fastest way on a CPU for M rows of a K×N layer."""
+    return (
+        M * (K + N) <= _MOST_ELEMENTS
+        and (M not in _FEW_ROWS or K * N < _LARGE_WEIGHT)
+        and not (drops and M * K > _MOST_DROPPED)
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    base_output: Tensor | None,
+    scaling: float | Tensor,
+    seed: Tensor | None,
+    threshold: Tensor | None,
+) -> Tensor:
+    """y [..., N], differentiable any number of times; ``scaling`` holds the value of what dropout keeps. In a
+    graph it is a tensor, for as alpha a number would be a constant of the graph."""
+    lead, compiling = x.shape[:-1], torch.compiler.is_compiling()
+    eager = not compiling and not torch._C._are_functorch_transforms_active()
+    flat = x if len(lead) == 1 else x.flatten(0, -2) if lead else x[None]
+    source = flat
+    if seed is not None and threshold is not None:
+        # autograd lets the operator pass for 20 µs
+        with torch._C._AutoDispatchBelowAutograd() if eager else nullcontext():
+            mask = dropout_mask(seed, threshold, 0, *flat.shape)
+        source = torch.where(mask, flat, 0.0)
+    q = F.linear(source, lora_A)
+    if isinstance(scaling, Tensor):
+        q, scaling = q * scaling, 1.0
+    if weight is not None:
+        y = F.linear(flat, weight, bias)
+        # vmap could not write into a y that has no batch of its own
+        y = (y.addmm_ if eager else y.addmm)(q, lora_B.mT, alpha=scaling)
+    elif base_output is not None:
+        y = torch.addmm(base_output.reshape(flat.shape[0], lora_B.shape[0]), q, lora_B.mT, alpha=scaling)
+    else:
+        y = F.linear(q * scaling, lora_B)
+    return y if len(lead) == 1 else y.view(*lead, y.shape[1])
