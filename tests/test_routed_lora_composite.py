@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LAYOUTS, call, dy_for, laid_out, made, tensors_of
+from torch.autograd import forward_ad
 
 from clora_kernels import RoutedLoRA, RoutedLoRALinear, explain, routed_lora_linear, routed_lora_linear_group
 from clora_kernels.autograd.routed_lora import functions
@@ -116,8 +117,10 @@ def test_a_graph_has_the_same_results(device, options):
 
 def test_auto_makes_no_graph_for_each_size_and_number():
     torch._dynamo.reset()
-    graphs, base = [], plain((2,))
-    compiled = torch.compile(routed_lora_linear, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward)
+    graphs, base, compiler = [], plain((2,)), torch._dynamo.lookup_backend("aot_eager")
+    compiled = torch.compile(
+        routed_lora_linear, fullgraph=True, backend=lambda g, inputs: graphs.append(g) or compiler(g, inputs)
+    )
     for step, rows in enumerate((2, 3, 8, 64, 65, 1000, 1 << 15)):
         call = {**base, "x": torch.randn(rows, base["x"].shape[1]), "scaling": 1.0 + 0.3 * step}
         torch.testing.assert_close(compiled(**call), routed_lora_linear(**call))
@@ -217,6 +220,9 @@ def test_what_is_seen_at_a_glance_has_the_bits_of_a_closer_look(monkeypatch, opt
     assert all(torch.equal(glance[name], found[name]) for name in glance)
 
 
+SIXTEEN = {"x": torch.ones(3, 7, 41).bfloat16(), "weight": torch.ones(29, 41).bfloat16()}
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -228,7 +234,9 @@ def test_what_is_seen_at_a_glance_has_the_bits_of_a_closer_look(monkeypatch, opt
         {"x": torch.ones(7, 40)},
         {"x": torch.ones(7, 41).bfloat16()},
         {"x": torch.ones(7, 41).int(), "weight": torch.ones(29, 41).int()},
-        {"x": torch.ones(3, 7, 41).bfloat16(), "weight": torch.ones(29, 41, requires_grad=True).bfloat16()},
+        {**SIXTEEN, "weight": torch.ones(29, 41, requires_grad=True).bfloat16()},
+        {**SIXTEEN, "lora_A": torch.ones(41, 5).mT},
+        {**SIXTEEN, "lora_B": torch.ones(29, 5).double()},
         {"x": torch.tensor(1.0)},
         {"x": [1.0]},
         {"weight": None},
@@ -262,6 +270,21 @@ def test_everything_else_gets_a_closer_look(monkeypatch, changed):
         assert str(error).split(":")[0] in (*NAMES, "dropout_p", "training"), error
     else:
         assert looked and y.shape == (3, 7, 29)
+
+
+def test_in_16_bit_a_glance_leaves_what_the_compiled_call_does_not_do(monkeypatch):
+    inputs = {**plain(), **SIXTEEN}
+    x = inputs.pop("x")
+    with pytest.raises(RuntimeError, match=r"torch\.func\.vmap .* pass backend='reference'"):
+        torch.func.vmap(lambda x: routed_lora_linear(x, **inputs))(x)
+    with pytest.raises(RuntimeError, match="forward mode"):
+        torch.func.jvp(lambda x: routed_lora_linear(x, **inputs), (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
+        routed_lora_linear(forward_ad.make_dual(x, x), **inputs)
+    monkeypatch.setattr(layer, "LITTLE_WORK", 0)
+    with dispatched() as ran:
+        routed_lora_linear(x, **inputs)
+    assert explain(routed_lora_linear, x, **inputs).backend == "aten" and "routed_lora.aten.linear" in ran
 
 
 def test_under_autocast_it_is_the_16_bit_layer():
