@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LAYOUTS, call, dy_for, laid_out, made, tensors_of
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from clora_kernels import RoutedLoRA, RoutedLoRALinear, explain, routed_lora_linear, routed_lora_linear_group
 from clora_kernels.autograd.routed_lora import functions
 from clora_kernels.kernels.routed_lora import composite, layer
-from clora_kernels.testing import assert_fidelity, assert_parity, dispatched, evaluate, unchanged
+from clora_kernels.testing import assert_fidelity, assert_parity, dispatched, evaluate, saved_tensors, unchanged
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias", "scaling")
 RAN = ["routed_lora.composite.forward"]
@@ -98,6 +100,21 @@ def test_vmap_over_one_argument_alone(device, which):
     torch.testing.assert_close(dropped[1], alone)
 
 
+@pytest.mark.parametrize("lead", [(), (7,), (3, 5)], ids=str)
+def test_y_is_no_view(device, lead):
+    """As y of nn.Linear without a bias, which may be changed in place wherever it was made."""
+    inputs = plain(lead, bias=False, device=device)
+    x, factor = inputs.pop("x").requires_grad_(), torch.ones(29, device=device, requires_grad=True)
+    with torch.no_grad():
+        y = run(x, **inputs)
+    y *= factor
+    y.sum().backward()
+    assert factor.grad.shape == (29,)
+    y = checkpoint(lambda x: run(x, **inputs), x, use_reentrant=True)
+    y += 1
+    assert run(x, **inputs).detach_()._base is None
+
+
 def test_y_can_be_changed_in_place(device):
     inputs = plain(device=device)
     x = inputs["x"].requires_grad_()
@@ -115,36 +132,40 @@ def test_a_graph_has_the_same_results(device, options):
     assert_parity(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs, dy=dy_for(inputs))
 
 
-def test_auto_makes_no_graph_for_each_size_and_number():
-    torch._dynamo.reset()
-    graphs, base, compiler = [], plain((2,)), torch._dynamo.lookup_backend("aot_eager")
-    compiled = torch.compile(
-        routed_lora_linear, fullgraph=True, backend=lambda g, inputs: graphs.append(g) or compiler(g, inputs)
-    )
-    for step, rows in enumerate((2, 3, 8, 64, 65, 1000, 1 << 15)):
-        call = {**base, "x": torch.randn(rows, base["x"].shape[1]), "scaling": 1.0 + 0.3 * step}
-        torch.testing.assert_close(compiled(**call), routed_lora_linear(**call))
-    dropping = {"dropout_p": 0.5, "scaling": 0.3}
-    compiled(**{**base, **dropping})  # keeps no mask, as the operator in the graph
-    assert "clora_kernels.routed_lora" in graphs.pop().code
-    assert len(graphs) <= 3 and all("addmm" in g.code and "clora_kernels" not in g.code for g in graphs)
-
-
-def auto_of(M, K=48, N=48, **options):
+def auto_of(M, K=48, N=48, learns=False, **options):
     x = torch.zeros(1, 1).expand(M, K)
-    adapter = torch.zeros(4, K), torch.zeros(1, 1).expand(N, 4)
+    adapter = torch.zeros(4, K), torch.zeros(1, 1, requires_grad=learns).expand(N, 4).contiguous()
     return explain(routed_lora_linear, x, torch.zeros(1, 1).expand(N, K), *adapter, **options).backend
 
 
-def test_auto_takes_it_where_there_is_little_to_compute():
-    most, dropped, few = composite._MOST_ELEMENTS, composite._MOST_DROPPED, composite._LARGE_WEIGHT
-    assert auto_of(most // 64, 32, 32) == "composite" != auto_of(most // 64 + 1, 32, 32)
-    drops = {"dropout_p": 0.1}
-    assert auto_of(dropped // 32, 32, 32, **drops) == "composite" != auto_of(dropped // 32 + 1, 32, 32, **drops)
-    assert auto_of(dropped // 32 + 1, 32, 32, **drops, training=False) == "composite"
-    for M in (1, 2, 8, 9):
-        assert (auto_of(M, few // 1024, 1024) == "composite") == (M in (1, 9))
-        assert auto_of(M, few // 1024 - 1, 1024) == "composite"
+def test_auto_takes_it_where_there_is_next_to_nothing_to_compute():
+    for learns, most in ((False, composite._MOST_ELEMENTS), (True, composite._MOST_LEARNING)):
+        for drops in ({}, {"dropout_p": 0.1}):
+            assert auto_of(most // 64, 32, 32, learns, **drops) == "composite"
+            assert auto_of(most // 64 + 1, 32, 32, learns, **drops) != "composite"
+            with torch.no_grad():
+                assert auto_of(most // 64 + 1, 32, 32, learns, **drops) != ("native" if learns else "composite")
+    for M, large in ((1, 1 << 19), (2, 1 << 19), (3, 1 << 21), (8, 1 << 21), (9, None)):
+        N = (large or 1 << 21) // 1024
+        assert (auto_of(M, 1024, N) == "composite") == (M == 9) and auto_of(M, 1024, N - 1) == "composite"
+
+
+def test_a_graph_never_has_it_by_itself():
+    """There it would be taken for any number of rows."""
+    torch._dynamo.reset()
+    graphs, inputs = [], plain()
+    torch.compile(routed_lora_linear, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward)(**inputs)
+    assert "clora_kernels.routed_lora" in graphs[0].code
+
+
+def test_a_graph_is_one_for_every_number_of_a_dynamic_scaling():
+    torch._dynamo.reset()
+    graphs, inputs, compiler = [], plain((2,)), torch._dynamo.lookup_backend("aot_eager")
+    fn = torch.compile(run, fullgraph=True, backend=lambda g, inputs: graphs.append(g) or compiler(g, inputs))
+    for step, rows in enumerate((2, 3, 8, 64, 65, 1000)):
+        call = {**inputs, "x": torch.randn(rows, inputs["x"].shape[1]), "scaling": 1.0 + 0.3 * step}
+        torch.testing.assert_close(fn(**call), run(**call))
+    assert len(graphs) <= 3 and all("addmm" in g.code for g in graphs)
 
 
 @pytest.mark.parametrize(
@@ -200,24 +221,78 @@ GLANCES = {
 
 @pytest.mark.parametrize("options", GLANCES)
 @pytest.mark.parametrize("dtypes", ["fp32", "fp64", "bf16+fp32", "fp16+fp32"])
-def test_what_is_seen_at_a_glance_has_the_bits_of_a_closer_look(monkeypatch, options, dtypes):
-    inputs = {**plain(dtypes=dtypes), **GLANCES[options]}
-    names = [name for name in NAMES[:5] if inputs[name] is not None]
-    if "16" in dtypes:  # the compiled call, where nothing learns and it is built
-        names = []
+@pytest.mark.parametrize("rows", [21, 600])
+@pytest.mark.parametrize("learns", [True, False])
+def test_what_is_seen_at_a_glance_has_the_bits_of_a_closer_look(monkeypatch, options, dtypes, rows, learns):
+    inputs = {**plain((3, rows // 3), dtypes=dtypes), **GLANCES[options]}
+    names = [name for name in NAMES[:5] if inputs[name] is not None] if learns else []
     dy = dy_for(inputs) if names else None
+    of_native = dtypes != "fp64" and layer.is_built()
+    seen = (
+        of_native
+        or ("16" not in dtypes and rows * (41 + 29) <= composite._MOST_LEARNING)
+        or (dtypes == "fp64" and not learns)
+    )
     looked = []
     closer = functions.run
     monkeypatch.setattr(functions, "run", lambda *args: looked.append(args) or closer(*args))
     torch.manual_seed(3)
-    glance = evaluate(routed_lora_linear, inputs, dy, names)
+    with dispatched() as ran:
+        glance = evaluate(routed_lora_linear, inputs, dy, names)
     after = torch.rand(())
-    assert bool(looked) == ("16" in dtypes and not layer.is_built())
+    assert bool(looked) != seen
     monkeypatch.setattr(functions, "run_plain", lambda *args: None)
     torch.manual_seed(3)
-    found = evaluate(routed_lora_linear, inputs, dy, names)
+    with dispatched() as then:
+        found = evaluate(routed_lora_linear, inputs, dy, names)
     assert looked and torch.rand(()) == after, "as many draws"
-    assert all(torch.equal(glance[name], found[name]) for name in glance)
+    assert all(torch.equal(glance[name], found[name]) for name in glance) and ran == then
+
+
+SUBSETS = [names for n in range(1, 6) for names in combinations(NAMES[:5], n)]
+
+
+@pytest.mark.skipif(not layer.is_built(), reason="the compiled part is not there")
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_compiled_layer_seen_at_a_glance(dtypes, dropout_p):
+    """Every subset of gradients, what is saved for it, a graph of the backward, and a second differentiation."""
+    inputs = {**plain((600,), dtypes), "dropout_p": dropout_p}
+    dy = dy_for(inputs)
+    for subset in SUBSETS:
+        torch.manual_seed(2)
+        leaves = {k: v.detach().requires_grad_(k in subset) if k in NAMES[:5] else v for k, v in inputs.items()}
+        with saved_tensors() as saved:
+            y = routed_lora_linear(**leaves)
+        assert "PlainLayer" in type(y.grad_fn).__name__
+        assert saved.holds(inputs["x"]) == bool({"weight", "lora_A"} & set(subset)), subset
+        assert (600, 29) not in [tuple(t.shape) for t in saved.tensors]
+        grads = torch.autograd.grad(y, [leaves[k] for k in subset], dy, retain_graph=True)
+        again = torch.autograd.grad(y, [leaves[k] for k in subset], dy, create_graph=True)
+        torch.manual_seed(2)
+        expected = evaluate(closer_look, inputs, dy, subset)
+        for name, grad, graphed in zip(subset, grads, again, strict=True):
+            assert torch.equal(grad, expected[name]) and torch.equal(graphed, grad), (subset, name)
+            assert grad.dtype == inputs[name].dtype and grad.is_contiguous()
+        if len(subset) == 5:
+            with pytest.raises(RuntimeError, match="double backward is not supported"):
+                again[0].sum().backward()
+    (unused,) = torch.autograd.grad(torch.stack([leaves["x"].sum(), y.sum() * 0])[0], leaves["x"])
+    assert torch.equal(unused, torch.ones_like(unused))
+
+
+def test_a_bias_of_another_dtype_is_added_as_it_is():
+    inputs = plain(dtypes="fp32")
+    inputs["bias"] = inputs["bias"].bfloat16()
+    for rows in (21, 600):
+        x = torch.randn(rows, 41)
+        assert_parity(routed_lora_linear, {**inputs, "x": x}, dy=torch.randn(rows, 29))
+
+
+def closer_look(**inputs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "run_plain", lambda *args: None)
+        return routed_lora_linear(**inputs)
 
 
 SIXTEEN = {"x": torch.ones(3, 7, 41).bfloat16(), "weight": torch.ones(29, 41).bfloat16()}
@@ -234,7 +309,6 @@ SIXTEEN = {"x": torch.ones(3, 7, 41).bfloat16(), "weight": torch.ones(29, 41).bf
         {"x": torch.ones(7, 40)},
         {"x": torch.ones(7, 41).bfloat16()},
         {"x": torch.ones(7, 41).int(), "weight": torch.ones(29, 41).int()},
-        {**SIXTEEN, "weight": torch.ones(29, 41, requires_grad=True).bfloat16()},
         {**SIXTEEN, "lora_A": torch.ones(41, 5).mT},
         {**SIXTEEN, "lora_B": torch.ones(29, 5).double()},
         {"x": torch.tensor(1.0)},
@@ -246,7 +320,7 @@ SIXTEEN = {"x": torch.ones(3, 7, 41).bfloat16(), "weight": torch.ones(29, 41).bf
         {"lora_B": torch.ones(29, 5).bfloat16()},
         {"lora_B": torch.ones(29, 4)},
         {"bias": torch.ones(1)},
-        {"bias": torch.ones(29).bfloat16()},
+        {"bias": torch.ones(29).int()},
         {"bias": torch.ones(29, device="meta")},
         {"dropout_p": -0.1},
         {"dropout_p": 1.1},

@@ -138,20 +138,57 @@ def test_without_the_extension_aten_does_it(mask_path):
             native(**inputs)
 
 
+def large_from(monkeypatch, least):
+    """From how many elements on a weight is a large one in fp32."""
+    for few in (layer._FEW_ROWS_FORWARD, layer._FEW_ROWS_BACKWARD):
+        monkeypatch.setitem(few, torch.float32, (few[torch.float32][0], least))
+
+
 @built
 @pytest.mark.parametrize("dtypes, M, forward, backward", [
     ("fp32", 1, 1, 0), ("fp32", 2, 1, 1), ("fp32", 3, 0, 1), ("fp32", 8, 0, 1), ("fp32", 9, 0, 0),
     ("bf16+fp32", 1, 0, 1), ("bf16+fp32", 8, 0, 1), ("bf16+fp32", 9, 0, 0),
     ("fp16+fp32", 1, 0, 1), ("fp16+fp32", 8, 0, 1), ("fp16+fp32", 9, 0, 0),
 ])  # fmt: skip
-def test_few_rows_take_their_own_kernel(dtypes, M, forward, backward):
+def test_few_rows_take_their_own_kernel(dtypes, M, forward, backward, monkeypatch):
+    """In fp32 of a weight that lies beyond the caches; there what is of rank r is matmuls of PyTorch."""
     inputs = plain((M,), dtypes)
-    for weight, counts in ((inputs["weight"], True), (laid_out(inputs["weight"], "transposed"), False)):
+    own, size = inputs["weight"], inputs["weight"].numel()
+    for weight, least in [(own, size), (laid_out(own, "transposed"), size), (own, size + 1)]:
+        large_from(monkeypatch, least)
         with torch.profiler.profile(acc_events=True) as profile:
             evaluate(native, {**inputs, "weight": weight}, dy_for(inputs), ["x"])
         called = {event.key: event.count for event in profile.key_averages()}
-        assert called.get("clora_kernels::routed_lora_lay_down", 0) == (dtypes != "fp32"), (
-            "fp32 without a mask is MKL's"
-        )
+        counts = weight.is_contiguous() and (least == size or dtypes != "fp32")
+        assert called.get("clora_kernels::routed_lora_lay_down", 0) == (dtypes != "fp32")
         assert called.get("clora_kernels::routed_lora_shrink", 0) == (forward and counts)
         assert called.get("clora_kernels::routed_lora_few_rows", 0) == (backward and counts)
+
+
+@built
+@pytest.mark.parametrize("M", [2, 7, 40])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_in_fp32_by_matmuls_or_by_the_compiled_call_it_is_right(M, dropout_p, monkeypatch):
+    """Forward and backward, each at the limits of both ways, with few rows of a large weight and without."""
+    inputs = plain((M,), dropout_p=dropout_p, scaling=None)
+    dy = dy_for(inputs)
+    for most, large in (
+        (0, 0),
+        (0, 1 << 21),
+        (M * (41 + 29), 0),
+        (M * (41 + 29), 1 << 21),
+        (M * (41 + 29) - 1, 1 << 21),
+    ):
+        monkeypatch.setattr(layer, "_MOST_ELEMENTS", most)
+        large_from(monkeypatch, large)
+        with torch.profiler.profile(acc_events=True) as profile:
+            assert_parity(native, inputs, dy=dy)
+        called = {event.key for event in profile.key_averages()}
+        assert ("clora_kernels::routed_lora_lay_down" in called) == (most < M * (41 + 29))
+    for dropped in (M * 41, M * 41 - 1):
+        monkeypatch.setattr(layer, "_MOST_ELEMENTS", 1 << 19)
+        monkeypatch.setattr(layer, "_MOST_DROPPED", dropped)
+        with torch.profiler.profile(acc_events=True) as profile:
+            assert_parity(native, inputs, dy=dy)
+        by_call = "clora_kernels::routed_lora_lay_down" in {event.key for event in profile.key_averages()}
+        assert by_call == (dropout_p > 0 and dropped < M * 41)

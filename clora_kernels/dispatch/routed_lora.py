@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..kernels.routed_lora import aten, composite, layer
+from ..kernels.routed_lora import aten, compiled, composite, layer
 from ..kernels.routed_lora.algebra import Needs, Primitives, Projection, backward, forward, keeps_p
-from ..kernels.routed_lora.tables import CPU, Table, call_of, table_for, table_of
+from ..kernels.routed_lora.tables import Table, call_of, table_of
 from ..library import define_operator, refuse_forward_mode_below_autograd, without_autocast
 from ..reference.routed_lora import accumulation_dtype
 from .choice import Choice, check_backend, unavailable
@@ -40,48 +40,36 @@ def _primitives(backend: str) -> Primitives:
 
 def choose(x: Tensor, projections: Sequence[Projection], backend: str = "auto") -> Choice:
     """The rule: what is named runs or raises; ``auto`` is ``triton`` where a table measured on this very device says
-    that it wins, ``composite`` for a small plain call in fp32 or fp64 on a CPU, ``native`` for a plain layer with
-    little to compute there, else ``aten``, the only backend that is proved on every device."""
+    that it wins, ``composite`` for a plain call in fp32 or fp64 on a CPU with next to nothing to compute, ``native``
+    for a plain layer with little to compute there, else ``aten``, the only backend that is proved on every device."""
     if backend == "composite":
         if why_not := composite.why_not(x, projections):
             raise unavailable("routed_lora", backend, f"{why_not}; use 'auto' or 'aten'")
         return Choice(backend, _COMPOSITE, _NAMED)  # Dynamo, which comes by here, warns of a cache
-    if backend == "auto" and takes_composite(x, projections):
-        M = math.prod(x.shape[:-1])
-        sizes = [(j.lora_A.shape[1], j.lora_B.shape[0], j.seed is not None) for j in projections]
-        if all(composite.is_faster(M, *of_one) for of_one in sizes):
+    if backend == "auto" and x.is_cpu and not table_of(x).calls and not composite.why_not(x, projections):
+        M, learning = math.prod(x.shape[:-1]), learns(x, [t for j in projections for t in j if t is not None])
+        if all(composite.is_faster(M, j.lora_A.shape[1], j.lora_B.shape[0], learning) for j in projections):
             return _choice("composite", backend)
     return _choose_operator(x, projections, backend)
 
 
-def takes_composite(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Whether ``auto`` computes these by ATen's own autograd, as far as a compiler can tell: there it is what it can
-    fuse. On devices other than a CPU it was never measured."""
-    return x.is_cpu and not is_tuned_cpu() and not composite.why_not(x, projections)
-
-
-def glance(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, drops: bool) -> str:
-    """What :func:`choose` says of a plain layer whose tensors are right, where that is "composite" or, in 16 bit,
-    "native"; else nothing."""
-    if not x.is_cpu or is_tuned_cpu():
+def glance(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, learning: bool) -> str:
+    """What :func:`choose` says of a plain layer whose tensors are right, where that is "composite" or "native"; else
+    nothing."""
+    if not x.is_cpu or table_of(x).calls:
         return ""
     dtype, M = x.dtype, math.prod(x.shape[:-1])
     if dtype in composite.DTYPES:
         of_one_dtype = lora_A.dtype == lora_B.dtype == dtype and (bias is None or bias.dtype == dtype)
-        small = of_one_dtype and composite.is_faster(M, lora_A.shape[1], lora_B.shape[0], drops)
-        return "composite" if small else ""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return ""
-    little = layer.takes(lora_A) and layer.takes(lora_B) and layer.has_little_work(M, lora_A, lora_B)
-    return "native" if little and layer.is_built() else ""
+        if of_one_dtype and composite.is_faster(M, weight.shape[1], weight.shape[0], learning):
+            return "composite"
+    takes = compiled.takes(x) and layer.takes(lora_A) and layer.takes(lora_B)
+    return "native" if takes and layer.has_little_work(M, lora_A, lora_B) and layer.is_built() else ""
 
 
-def is_tuned_cpu() -> bool:
-    """Whether a table tells of calls on this CPU, as only one of Triton's interpreter can."""
-    return bool(table_for(CPU).calls)
-
-
-is_tuned_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot trace how a table is read
+def learns(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a call has a backward; a Function takes as long as a small layer to find that it has none."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 
 
 def _choose_operator(x: Tensor, projections: Sequence[Projection], backend: str) -> Choice:

@@ -70,8 +70,8 @@ _FUNCTION = mutants_of(
         (
             "double-backward-silent",
             "a second differentiation finds no graph in place of an error",
-            "    if torch.is_grad_enabled():\n",
-            "    if False:\n",
+            "    if torch.is_grad_enabled():\n        out = Routed",
+            "    if False:\n        out = Routed",
         ),
         (
             "operator-without-dx",
@@ -213,38 +213,39 @@ _GLANCE = mutants_of(
         (
             "drops-while-not-training",
             "a small layer drops outside training",
-            "seed, threshold = dropout_tensors(dropout_p, None, training, x)",
-            "seed, threshold = dropout_tensors(dropout_p, None, True, x)",
+            "dropout_tensors(dropout_p, None, training, x)",
+            "dropout_tensors(dropout_p, None, True, x)",
         ),
+        ("integers", "integers pass at a glance", "        or x.dtype not in DTYPES\n", ""),
         (
-            "native-drops-while-not-training",
-            "a compiled layer drops outside training",
-            "draw = dropout_tensors(dropout_p, None, training, x)",
-            "draw = dropout_tensors(dropout_p, None, True, x)",
-        ),
-        (
-            "native-though-it-learns",
-            "a compiled layer that learns gets no gradient",
-            "if chosen and not learns(x, tensors) and",
-            "if chosen and",
-        ),
-        (
-            "native-under-transforms",
+            "under-transforms",
             "a compiled layer passes transforms by",
-            "not learns(x, tensors) and is_plain(x, tensors) and",
-            "not learns(x, tensors) and",
+            "forward_mode_is_on() or not is_plain(x, tensors)):",
+            "forward_mode_is_on()):",
         ),
         (
-            "native-loses-tangents",
+            "loses-tangents",
             "a compiled layer loses tangents",
-            " and is_plain(x, tensors) and not forward_mode_is_on():",
-            " and is_plain(x, tensors):",
+            "(not chosen or forward_mode_is_on() or not is_plain",
+            "(not chosen or not is_plain",
         ),
         (
-            "native-biasless",
+            "biasless",
             "a compiled layer forgets its bias",
-            "None, None, None, None, bias, None, scaling_tensor(scaling, x), *draw)",
-            "None, None, None, None, None, None, scaling_tensor(scaling, x), *draw)",
+            "None, None, None, None, bias, None, scaling, seed",
+            "None, None, None, None, None, None, scaling, seed",
+        ),
+        (
+            "undropped",
+            "a compiled layer does not drop",
+            "bias, None, scaling, seed, threshold)\n    if learning",
+            "bias, None, scaling, None, None)\n    if learning",
+        ),
+        (
+            "learns-nothing",
+            "a compiled layer that learns gets no gradient",
+            "    if learning:\n        return Plain",
+            "    if False:\n        return Plain",
         ),
         (
             "kept-unscaled",
@@ -276,13 +277,27 @@ _GLANCE = mutants_of(
             "    if not compiling:\n        if not isinstance(adapter.scaling, Tensor):",
             "    if True:\n        if not isinstance(adapter.scaling, Tensor):",
         ),
-        (
-            "dropping-graph",
-            "a graph that drops keeps its mask",
-            "and all(j.seed is None for j in projections):",
-            "and projections:",
-        ),
     ],
 )
 
-AUTOGRAD = [*_FUNCTION, *_FUNCTIONS, *_CALLS, *_GLANCE]
+_PLAIN = mutants_of(
+    "clora_kernels/autograd/routed_lora/function.py",
+    "plain-layer",
+    ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_native_choice.py"),
+    [
+        ("x-always-saved", "x is saved for lora_B",
+         "(x if W or A else None, q if B else None)", "(x, q if B else None)"),
+        ("x-never-saved", "x is not saved for a weight that learns", "(x if W or A else None,", "(x if A else None,"),
+        ("unused-raises", "an output that nothing used has no backward",
+         "        if dy is None:\n            return (None,) * 6\n", ""),
+        ("twice-silent", "a second differentiation finds no graph in place of an error",
+         "        if torch.is_grad_enabled():\n            tensors, given",
+         "        if False:\n            tensors, given"),
+        ("dtype-of-dy", "gradients are computed in the dtype of dy",
+         "False, b, False), x.dtype", "False, b, False), torch.float32"),
+        ("unasked-graphed", "a graph of the backward gives what nobody asked for",
+         "[g if want else None for g, want in", "[g for g, want in"),
+    ],
+)  # fmt: skip
+
+AUTOGRAD = [*_FUNCTION, *_FUNCTIONS, *_CALLS, *_GLANCE, *_PLAIN]

@@ -42,24 +42,6 @@ EAGER += mutants_of(
             "output, (True,) + needed[4:], direct=True)",
         ),
         (
-            "function-for-nothing",
-            "a Function is made where nothing learns",
-            "return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))",
-            "return True",
-        ),
-        (
-            "function-though-off",
-            "a Function is made where gradients are off",
-            "return torch.is_grad_enabled() and (x.requires_grad or",
-            "return (x.requires_grad or",
-        ),
-        (
-            "learns-by-x-alone",
-            "where x needs no gradient nothing gets one",
-            "(x.requires_grad or any(t.requires_grad for t in tensors))",
-            "x.requires_grad",
-        ),
-        (
             "needs-shifted",
             "each tensor is taken to need what the one before it needs",
             "output, needed[:1] + needed[4:], direct=True)",

@@ -14,17 +14,17 @@ from ...dispatch.routed_lora import (
     choose,
     decide,
     glance,
+    learns,
     pack_projections,
     routed_lora,
     run_forward,
-    takes_composite,
 )
 from ...kernels.routed_lora import composite
 from ...kernels.routed_lora.algebra import Dropout, Projection
 from ...library import autocast_is_on, forward_mode_is_on, refuse_forward_mode, without_autocast
 from ...reference import routed_lora as reference
-from .arguments import check_dropout, check_projection, check_x, dropout_tensors, is_plain_layer, scaling_tensor
-from .function import RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain, learns
+from .arguments import DTYPES, check_dropout, check_projection, check_x, dropout_tensors, is_plain_layer, scaling_tensor
+from .function import PlainLayerFunction, RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
 
 class RoutedLoRA(NamedTuple):
@@ -57,11 +57,8 @@ def run(
     elif backend != "auto":  # one that cannot run says so before a seed is drawn
         chosen = choose(x, projections, backend).backend
     projections = [draw(j, a, training, x) for j, a in zip(projections, adapters, strict=True)]
-    if backend == "auto":  # tables tell calls that drop from those that do not
-        if not late:
-            chosen = decide(x, projections)
-        elif takes_composite(x, projections) and all(j.seed is None for j in projections):
-            chosen = "composite"
+    if backend == "auto" and not late:  # tables tell calls that drop from those that do not
+        chosen = decide(x, projections)
     if chosen == "composite":
         return [_composite(x, j, a, compiling) for j, a in zip(projections, adapters, strict=True)]
     if chosen == "reference":
@@ -83,28 +80,33 @@ def run_plain(
     x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any, training: Any
 ) -> Tensor | None:
     """y of a plain layer that is seen at a glance to be right and small, as :func:`run` would compute it, which takes
-    longer to find out; None for every other call."""
+    longer to find out than such a layer to compute; None for every other call."""
     if (
         torch.compiler.is_compiling()
         or not (type(scaling) is type(dropout_p) is float and 0 <= dropout_p <= 1)
         or type(training) is not bool
         or not isinstance(x, Tensor)
+        or x.dtype not in DTYPES
         or x.layout is not torch.strided
         or not is_plain_layer(x, weight, lora_A, lora_B, bias)
         or autocast_is_on(x)
     ):
         return None
-    chosen = glance(x, lora_A, lora_B, bias, training and dropout_p > 0)
-    if chosen == "composite":
-        seed, threshold = dropout_tensors(dropout_p, None, training, x)
+    tensors = (weight, lora_A, lora_B) if bias is None else (weight, lora_A, lora_B, bias)
+    learning = learns(x, tensors)
+    chosen = glance(x, weight, lora_A, lora_B, bias, learning)
+    composed = chosen == "composite"
+    if not composed and (not chosen or forward_mode_is_on() or not is_plain(x, tensors)):
+        return None
+    seed, threshold = dropout_tensors(dropout_p, None, training, x)
+    if composed:
         scaling = scaling * _kept_value(seed, dropout_p)
         return composite.forward(x, weight, lora_A, lora_B, bias, None, scaling, seed, threshold)
-    tensors = (weight, lora_A, lora_B) if bias is None else (weight, lora_A, lora_B, bias)
-    if chosen and not learns(x, tensors) and is_plain(x, tensors) and not forward_mode_is_on():
-        draw = dropout_tensors(dropout_p, None, training, x)
-        j = Projection(weight, lora_A, lora_B, None, None, None, None, bias, None, scaling_tensor(scaling, x), *draw)
-        return run_forward(x, [j], chosen)[0]
-    return None
+    scaling = scaling_tensor(scaling, x)
+    j = Projection(weight, lora_A, lora_B, None, None, None, None, bias, None, scaling, seed, threshold)
+    if learning:
+        return PlainLayerFunction.apply(x, j, weight, lora_A, lora_B, bias)
+    return run_forward(x, [j], chosen)[0]
 
 
 def _composite(x: Tensor, j: Projection, adapter: RoutedLoRA, compiling: bool) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch.routed_lora import (
+    pack_projections,
     routed_lora,
     routed_lora_backward,
     run_backward,
@@ -71,6 +72,41 @@ class RoutedLoRAEagerFunction(torch.autograd.Function):
         return dx, None, None, None, *dtensors
 
 
+class PlainLayerFunction(torch.autograd.Function):
+    """The same of one plain layer on backend "native", without what a group and options need: 40 µs a step less."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, j: Projection, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        y, q = run_forward(x, [j], "native")
+        ctx.need_x, _, W, A, B, b = ctx.needs_input_grad
+        ctx.need, ctx.dtype = Needs(W, A, B, False, False, b, False), x.dtype
+        ctx.set_materialize_grads(False)
+        read = (x if W or A else None, q if B else None)
+        ctx.save_for_backward(*read, weight, lora_A, lora_B, bias, j.scaling, j.seed, j.threshold)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 6
+        x, q, weight, lora_A, lora_B, bias, *rest = ctx.saved_tensors
+        j = Projection(weight, lora_A, lora_B, None, None, None, None, bias, None, *rest)
+        kept = [dy.new_empty(0) if q is None else q]
+        if torch.is_grad_enabled():
+            tensors, given = pack_projections([j])
+            lengths, has_x = (1, int(x is not None)), () if x is None else (x,)
+            how = (ctx.dtype, ctx.need_x, tuple(ctx.need), given, "native")
+            found = RoutedLoRABackwardFunction.apply(lengths, how, dy, *has_x, *kept, *tensors)
+            wanted = (ctx.need_x, *ctx.need)
+            dx, dW, dA, dB, _, _, dbias, _ = [g if want else None for g, want in zip(found, wanted, strict=True)]
+        else:
+            grads = run_backward([dy], x, kept, ctx.dtype, ctx.need_x, [ctx.need], [j], "native")
+            dx, dW, dA, dB, _, _, dbias, _ = grads
+        return dx, None, dW, dA, dB, dbias
+
+
 def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether no transform, mode, tracer or tensor subclass wants to see the operators of this call."""
     return (
@@ -80,11 +116,6 @@ def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
         and type(x) in PLAIN_TYPES
         and PLAIN_TYPES.issuperset(map(type, tensors))
     )
-
-
-def learns(x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether a call has a backward; a Function takes as long as a small layer to find that it has none."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 
 
 class RoutedLoRABackwardFunction(FirstOrderBackward):

@@ -62,9 +62,8 @@ def routed_lora_linear(
         training: False switches dropout off.
         backend: "auto", "aten", "triton" (fused kernels on a GPU; "auto" takes it where a table made by ``python -m
             clora_kernels tune`` says that it wins), "native" (a plain layer on a CPU, where the extension is built),
-            "composite" (a plain layer in fp32 or fp64 as matmuls that ATen differentiates: "auto" on a CPU where there
-            is little to compute, and in compiled graphs), or "reference" (plain PyTorch, differentiable any number of
-            times).
+            "composite" (a plain layer in fp32 or fp64 as matmuls that ATen differentiates; "auto" takes it on a CPU
+            for next to nothing to compute), or "reference" (plain PyTorch, differentiable any number of times).
 
     Returns:
         y ``[..., N]`` in x.dtype (under ``torch.autocast``: in the autocast dtype). Operands are rounded to x.dtype

@@ -253,18 +253,14 @@ def stamp_of(device: torch.device) -> Stamp | None:
 
 def table_of(t: Tensor) -> Table:
     """What is known of the device of ``t``; read once."""
-    return table_for(CPU if t.is_cpu else t.device)  # a new device object for every call costs more than the look-up
-
-
-def table_for(device: torch.device) -> Table:
-    """The same of a device."""
+    device = _CPU if t.is_cpu else t.device  # a new device object for every call costs more than the look-up
     table = _LOADED.get(device)
     if table is None:
         table = _LOADED[device] = _load(device)
     return table
 
 
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 _LOADED: dict[torch.device, Table] = {}
 
 
