@@ -83,6 +83,7 @@ def info() -> Info:
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Which backend and strategy the call ``fn(*args, **kwargs)`` takes, and why. Checks the arguments, runs nothing.
+    In a graph of torch.compile the operator chooses when it runs, and not "composite" but what comes after it.
 
     Args:
         fn: ``routed_lora_linear``, ``routed_lora_linear_group``, ``routed_lora_delta``, ``gram_schmidt``,

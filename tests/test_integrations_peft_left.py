@@ -140,14 +140,16 @@ def test_an_x_that_holds_other_tensors_is_peft_s() -> None:
     assert report.fell_back == {NAME: "x is a TwoTensor"}
 
 
-def test_hooks_of_all_modules_see_what_they_saw() -> None:
+@pytest.mark.parametrize("way", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_all_modules_see_what_they_saw(way: str) -> None:
     model = peft_model(config())
     accelerate(model)
     seen: list[type] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)) or None)
+    register = getattr(nn.modules.module, f"register_module_{way}")
+    handle = register(lambda m, *_: seen.append(type(m)) or None)
     try:
         with pytest.warns(UserWarning, match="hooks of all modules are registered"):
-            model(call(2)[0])
+            model(call(2)[0].requires_grad_()).sum().backward()
     finally:
         handle.remove()
     assert seen.count(nn.Linear) >= 4  # lora_A and lora_B of both layers

@@ -281,6 +281,16 @@ def test_a_compiled_layer_seen_at_a_glance(dtypes, dropout_p):
     assert torch.equal(unused, torch.ones_like(unused))
 
 
+@pytest.mark.parametrize("backend", ["composite", "aten", "reference", *(["native"] if layer.is_built() else [])])
+@pytest.mark.parametrize("nothing", [{"scaling": 0.0}, {"dropout_p": 1.0}], ids=str)
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_what_counts_nothing_hides_no_nan(backend, nothing, name):
+    inputs = {**plain((21,)), **nothing}
+    inputs[name][3, 2] = float("nan")
+    y = routed_lora_linear(**inputs, backend=backend)
+    assert (y.isnan() if name == "lora_A" else y[:, 3].isnan()).all()
+
+
 def test_a_bias_of_another_dtype_is_added_as_it_is():
     inputs = plain(dtypes="fp32")
     inputs["bias"] = inputs["bias"].bfloat16()

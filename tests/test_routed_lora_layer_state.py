@@ -151,3 +151,45 @@ def test_tracing_raises_and_the_reference_can_be_traced():
     layer = make(backend="reference")
     traced = torch.jit.trace(layer, x)
     assert torch.equal(traced(x + 1), layer(x + 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "told"),
+    [
+        (np.zeros((10, 3)), TypeError, "got ndarray, expected a Tensor"),
+        ([[0.0] * 3] * 10, TypeError, "got list, expected a Tensor"),
+        (torch.zeros(10, 3, dtype=torch.complex64), TypeError, r"got dtype torch\.complex64"),
+        (torch.zeros(10, 3, dtype=torch.int64), TypeError, r"got dtype torch\.int64, expected torch\.float32"),
+        (torch.zeros(10, 3, device="meta"), ValueError, "got a tensor on meta"),
+    ],
+)
+def test_an_adapter_that_holds_anything_else_is_refused_whole(value, error, told):
+    layer = make()
+    before, new = snapshot(layer), {k: torch.zeros_like(v) for k, v in layer.adapter_state_dict().items()}
+    with pytest.raises(error, match=rf"state_dict\['lora_B'\]: {told}"):
+        layer.load_adapter_state_dict({**new, "lora_B": value})
+    assert same_bits(snapshot(layer), before)
+
+
+@pytest.mark.parametrize("backup", ["device", "cpu", None])
+def test_a_merged_layer_goes_to_meta_and_comes_from_there(backup):
+    layer = make()
+    layer.eval().merge(backup=backup)
+    layer.to("meta")
+    assert layer.merged and all(t.is_meta for t in (layer.weight, layer.lora_A))
+    layer.to_empty(device="cpu")
+    assert not any(t.is_meta for t in layer.parameters())
+
+
+def test_a_merged_layer_does_not_start_anew():
+    layer = make()
+    layer.merge()
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match=r"layer is merged: call unmerge\(\) before its adapter starts anew"):
+        layer.reset_adapter()
+    assert same_bits(snapshot(layer), before)
+
+
+def test_a_scaling_that_learns_is_a_parameter():
+    with pytest.raises(ValueError, match=r"scaling: got a tensor that learns, expected an nn\.Parameter"):
+        RoutedLoRALinear(4, 3, 2, scaling=torch.tensor(2.0, requires_grad=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -109,10 +111,18 @@ def test_what_is_no_number_is_refused_though_it_equals_one(value):
 def test_numbers_of_all_kinds():
     import numpy as np
 
-    for value in (np.float32(0.3), np.float64(0.3), np.int64(3), math.inf, 2**40):
+    for value in (np.float32(0.3), np.float64(0.3), np.int64(3), math.inf, 2**40, Fraction(1, 3)):
         assert is_plain(arguments.scaling_tensor(value, X), float(value))
     for _ in range(2):  # NaN is a key that equals no other
         assert math.isnan(arguments.scaling_tensor(float("nan"), X).item())
+
+
+@pytest.mark.parametrize("value", [10**400, 1e39, -1e39])
+def test_a_number_that_does_not_fit_is_refused(value):
+    with pytest.raises(
+        ValueError, match=rf"scaling: got {re.escape(str(value))}, expected a number that torch.float32"
+    ):
+        arguments.scaling_tensor(value, X)
 
 
 def test_a_symbol_is_not_kept():

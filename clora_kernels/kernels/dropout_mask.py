@@ -16,7 +16,8 @@ def dropout_mask(seed: torch.Tensor, threshold: torch.Tensor, first_row: int, ro
     """
     if extension.has_op("dropout_mask", seed.device.type):
         return torch.ops.clora_kernels.dropout_mask.default(seed, threshold, first_row, rows, columns)
-    extension.warn_once("dropout_mask", seed.device.type)
+    if seed.device.type in ("cpu", "cuda"):  # for others nothing is there to be built
+        extension.warn_once("dropout_mask", seed.device.type)
     return reference.dropout_mask(seed, threshold, first_row, rows, columns)
 
 

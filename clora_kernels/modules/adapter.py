@@ -234,9 +234,15 @@ class AdapterLinear(nn.Linear):
         if missing or unexpected:
             raise ValueError(f"state_dict: missing {missing}, unexpected {unexpected}, expected exactly {sorted(own)}")
         for name, tensor in own.items():
-            if state_dict[name].shape != tensor.shape:
-                got, expected = tuple(state_dict[name].shape), tuple(tensor.shape)
-                raise ValueError(f"state_dict[{name!r}]: got shape {got}, expected {expected}")
+            value, place = state_dict[name], f"state_dict[{name!r}]"
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{place}: got {type(value).__name__}, expected a Tensor")
+            if value.is_floating_point() != tensor.is_floating_point() or value.is_complex():
+                raise TypeError(f"{place}: got dtype {value.dtype}, expected {tensor.dtype} or one like it")
+            if value.is_meta and not tensor.is_meta:
+                raise ValueError(f"{place}: got a tensor on meta, which holds no values, expected one that does")
+            if value.shape != tensor.shape:
+                raise ValueError(f"{place}: got shape {tuple(value.shape)}, expected {tuple(tensor.shape)}")
 
     @torch.no_grad()
     def load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -244,7 +250,8 @@ class AdapterLinear(nn.Linear):
         ranks each of them brings the whole adapter, or a DTensor of the layer's mesh.
 
         Raises:
-            ValueError: missing or unexpected names, or a shape that differs; says which.
+            ValueError: missing or unexpected names, a shape that differs, a tensor on meta; says which.
+            TypeError: what is no tensor, or no floating-point one where the adapter's is.
             RuntimeError: the layer is merged.
         """
         self.check_adapter_state_dict(state_dict)
@@ -283,7 +290,11 @@ class AdapterLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if isinstance(self._unmerged, nn.Parameter):
-            self._unmerged.data = fn(self._unmerged.data)
+            moved = fn(self._unmerged.data)
+            if torch._has_compatible_shallow_copy_type(self._unmerged.data, moved):
+                self._unmerged.data = moved
+            else:  # as nn.Module does: to meta, and from there
+                self._keep(nn.Parameter(moved, self._unmerged.requires_grad))
         elif self._unmerged is not None:  # on the CPU, where it stays
             self._keep(self._unmerged.to(self.weight.dtype))
         return self

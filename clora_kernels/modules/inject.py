@@ -57,7 +57,10 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
     made: dict[nn.Module, nn.Module] = {}
     for _, module, _ in matches:
         if module not in reasons and module not in made:
-            made[module] = _made_by(factory, module)
+            if (new := _made_by(factory, module)) is module:
+                reasons[module] = "the factory gave it back as it is"
+            else:
+                made[module] = new
     left = [(name, reasons[module]) for name, module, _ in matches if module in reasons]
     if not made:
         told = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])
@@ -94,9 +97,10 @@ def extract(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         name → ``adapter_state_dict()`` of every layer taken out, for ``load_adapter_state_dict`` after a later inject.
 
     Raises:
-        ValueError: the model has no adapted layer.
-        RuntimeError: one was merged with backup=None.
+        ValueError: the model has no adapted layer, or is one itself. RuntimeError: one was merged with backup=None.
     """
+    if isinstance(model, AdapterLinear):
+        raise ValueError(f"model: got a {type(model).__name__} itself, expected a model in which to put its base layer")
     adapters: dict[str, dict[str, Tensor]] = {}
     plain: dict[nn.Module, nn.Module] = {}
     for layer in _adapted(model).values():
@@ -206,6 +210,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _routed(model: nn.Module) -> dict[str, RoutedLoRALinear]:
     layers = {}
+    if isinstance(model, AdapterLinear):
+        raise ValueError(
+            f"model: got a {type(model).__name__} itself, which has no name in a file, expected a model of it"
+        )
     for name, layer in _adapted(model).items():
         if not isinstance(layer, RoutedLoRALinear):
             raise ValueError(

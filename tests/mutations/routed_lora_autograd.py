@@ -280,24 +280,4 @@ _GLANCE = mutants_of(
     ],
 )
 
-_PLAIN = mutants_of(
-    "clora_kernels/autograd/routed_lora/function.py",
-    "plain-layer",
-    ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_native_choice.py"),
-    [
-        ("x-always-saved", "x is saved for lora_B",
-         "(x if W or A else None, q if B else None)", "(x, q if B else None)"),
-        ("x-never-saved", "x is not saved for a weight that learns", "(x if W or A else None,", "(x if A else None,"),
-        ("unused-raises", "an output that nothing used has no backward",
-         "        if dy is None:\n            return (None,) * 6\n", ""),
-        ("twice-silent", "a second differentiation finds no graph in place of an error",
-         "        if torch.is_grad_enabled():\n            tensors, given",
-         "        if False:\n            tensors, given"),
-        ("dtype-of-dy", "gradients are computed in the dtype of dy",
-         "False, b, False), x.dtype", "False, b, False), torch.float32"),
-        ("unasked-graphed", "a graph of the backward gives what nobody asked for",
-         "[g if want else None for g, want in", "[g for g, want in"),
-    ],
-)  # fmt: skip
-
-AUTOGRAD = [*_FUNCTION, *_FUNCTIONS, *_CALLS, *_GLANCE, *_PLAIN]
+AUTOGRAD = [*_FUNCTION, *_FUNCTIONS, *_CALLS, *_GLANCE]

@@ -202,8 +202,8 @@ _ADAPTER = mutants_of(
         (
             "backup-stays-behind",
             "the backup does not move with the layer",
-            "self._unmerged.data = fn(self._unmerged.data)",
-            "self._unmerged.data = self._unmerged.data",
+            "moved = fn(self._unmerged.data)",
+            "moved = self._unmerged.data",
         ),
         (
             "backup-a-parameter",

@@ -14,6 +14,7 @@ from ...kernels.routed_lora.algebra import Projection
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _SEEDS = torch.iinfo(torch.int64)
+_MACHINE_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_tensor(name: str, t: Any, device: torch.device | None = None, floating: bool = True, of: str = "x") -> None:
@@ -180,7 +181,11 @@ def scaling_tensor(scaling: Any, x: Tensor, prefix: str = "") -> Tensor:
         return scaling
     if not _is_number(scaling):
         raise TypeError(f"{prefix}scaling: got {type(scaling).__name__}, expected a number or a 0-dim float tensor")
-    return _scalar(scaling, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    try:
+        return _scalar(scaling if isinstance(scaling, _MACHINE_NUMBERS) else float(scaling), dtype, x.device)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"{prefix}scaling: got {scaling}, expected a number that {dtype} can hold") from error
 
 
 def check_dropout(dropout_p: Any, dropout_seed: Any, x: Tensor, prefix: str = "") -> None:

@@ -93,7 +93,7 @@ class Accelerated(_Base):
             and lora_B.dtype in DTYPES
             and weight.dtype in DTYPES
             and x.device == lora_A.device == lora_B.device
-            and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+            and not _all_are_watched()
         ):
             return {"weight": weight, "bias": of_base["bias"], **self._adapter(name, lora_A, lora_B, drop)}
         return None
@@ -128,7 +128,7 @@ class Accelerated(_Base):
                 return f"adapter {name!r} drops by {type(drop).__name__}, not nn.Dropout"
             if _are_watched(A, B, drop):
                 return f"a part of adapter {name!r} carries hooks or a patched forward"
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if _all_are_watched():
             return "hooks of all modules are registered"
         return None
 
@@ -197,6 +197,12 @@ def why_not_fused(base: nn.Module) -> str | None:
     if not is_plain(weight := weight_of(base)):
         return f"its weight is a {type(weight).__name__}"
     return None
+
+
+def _all_are_watched() -> bool:
+    of_all = torch_module
+    forward = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+    return bool(forward or of_all._global_backward_hooks or of_all._global_backward_pre_hooks)
 
 
 def _are_watched(*modules: nn.Module) -> bool:

@@ -75,7 +75,7 @@ def forward(
             mask = dropout_mask(seed, threshold, 0, *flat.shape)
         source = torch.where(mask, flat, 0.0)
     q = F.linear(source, lora_A)
-    if isinstance(scaling, Tensor):
+    if isinstance(scaling, Tensor) or scaling == 0.0:  # an alpha of 0 would hide a NaN
         q, scaling = q * scaling, 1.0
     if weight is not None:
         y = F.linear(flat, weight, bias)

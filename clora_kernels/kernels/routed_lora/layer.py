@@ -108,7 +108,8 @@ def forward(x: Tensor, j: Projection) -> tuple[list[Tensor], list[Tensor]]:
             q.mul_(_scale(j, 1.0))
         if not walks:
             y = F.linear(x, j.weight, None if j.bias is None else cast(j.bias, x.dtype))
-            y.view(M, y.shape[-1]).addmm_(q, j.lora_B.mT, alpha=j.scaling.item())
+            scaling = j.scaling.item()  # as alpha; one of 0 would hide a NaN
+            y.view(M, y.shape[-1]).addmm_(q if scaling else q * scaling, j.lora_B.mT, alpha=scaling or 1.0)
             return [y], [q]
         y = F.linear(q * j.scaling, j.lora_B)
     else:

@@ -105,6 +105,8 @@ class RoutedLoRALinear(AdapterLinear):
             raise ValueError(f"r: got {r!r}, expected a rank of at least 1, an int")
         check_dropout(dropout_p, None, self.weight)
         scaling_tensor(scaling, self.weight)
+        if isinstance(scaling, Tensor) and scaling.requires_grad and not isinstance(scaling, nn.Parameter):
+            raise ValueError("scaling: got a tensor that learns, expected an nn.Parameter, which the layer registers")
         if adapter_dtype is not None and adapter_dtype not in DTYPES:
             raise ValueError(f"adapter_dtype: got {adapter_dtype}, expected one of {', '.join(map(str, DTYPES))}")
         if not isinstance(routing, bool) and (not isinstance(routing, int) or routing < 1):
@@ -134,7 +136,13 @@ class RoutedLoRALinear(AdapterLinear):
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """Start the adapter anew: lora_A Kaiming-uniform (a = √5), lora_B zero, routing the identity, frozen_routing
-        zero."""
+        zero.
+
+        Raises:
+            RuntimeError: the layer is merged.
+        """
+        if self._merged:
+            raise RuntimeError("layer is merged: call unmerge() before its adapter starts anew")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B.zero_()
         if self.routing is not None:
