@@ -137,7 +137,5 @@ EAGER += mutants_of(
          "        if False:\n            tensors, given"),
         ("dtype-of-dy", "gradients are computed in the dtype of dy",
          "False, b, False), x.dtype", "False, b, False), torch.float32"),
-        ("unasked-graphed", "a graph of the backward gives what nobody asked for",
-         "[g if want else None for g, want in", "[g for g, want in"),
     ],
 )  # fmt: skip

@@ -98,12 +98,10 @@ class PlainLayerFunction(torch.autograd.Function):
             tensors, given = pack_projections([j])
             lengths, has_x = (1, int(x is not None)), () if x is None else (x,)
             how = (ctx.dtype, ctx.need_x, tuple(ctx.need), given, "native")
-            found = RoutedLoRABackwardFunction.apply(lengths, how, dy, *has_x, *kept, *tensors)
-            wanted = (ctx.need_x, *ctx.need)
-            dx, dW, dA, dB, _, _, dbias, _ = [g if want else None for g, want in zip(found, wanted, strict=True)]
+            grads = RoutedLoRABackwardFunction.apply(lengths, how, dy, *has_x, *kept, *tensors)
         else:
             grads = run_backward([dy], x, kept, ctx.dtype, ctx.need_x, [ctx.need], [j], "native")
-            dx, dW, dA, dB, _, _, dbias, _ = grads
+        dx, dW, dA, dB, _, _, dbias, _ = grads
         return dx, None, dW, dA, dB, dbias
 
 
