@@ -99,14 +99,6 @@ def test_flags_set_on_merged_layers_are_those_of_the_unmerged():
     assert model[0].weight.requires_grad and not model[1].weight.requires_grad
 
 
-def test_what_the_factory_gives_back_as_it_is_is_not_swapped():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    with pytest.raises(ValueError, match=r"which swaps nothing .*0 was left alone: the factory gave it back as it is"):
-        ck.inject(model, lambda linear: linear, ["0", "1"])
-    report = ck.inject(model, lambda m: m if m.out_features == 4 else ck.RoutedLoRALinear.from_linear(m, 2), ["0", "1"])
-    assert report.swapped == ["1"] and report.left == [("0", "the factory gave it back as it is")]
-
-
 def test_a_layer_itself_is_no_model():
     layer = ck.RoutedLoRALinear(4, 3, 2)
     for fn in (ck.extract, ck.to_lora):

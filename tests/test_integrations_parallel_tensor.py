@@ -39,9 +39,9 @@ def train_in_every_way():
     for way, options in OPTIONS.items():
         module = tensor_parallel(model(**options))
         assert [*module.state_dict()] == [*model(**options).state_dict()]
-        assert "path=aten" in repr(module[0].up) and repr(module[0].up).startswith(
-            "ColumnParallelLayer(in_features=8, "
-        )
+        told = repr(module[0].up)
+        assert f"path={'aten' if 'frozen' in options else 'composite'}" in told
+        assert told.startswith("ColumnParallelLayer(in_features=8, ")
         found[way] = trained(module, same_batch)
     return found
 

@@ -57,10 +57,7 @@ def inject(model: nn.Module, factory: Callable[[nn.Module], nn.Module], targets:
     made: dict[nn.Module, nn.Module] = {}
     for _, module, _ in matches:
         if module not in reasons and module not in made:
-            if (new := _made_by(factory, module)) is module:
-                reasons[module] = "the factory gave it back as it is"
-            else:
-                made[module] = new
+            made[module] = _made_by(factory, module)
     left = [(name, reasons[module]) for name, module, _ in matches if module in reasons]
     if not made:
         told = "".join(f"; {name} was left alone: {why}" for name, why in left[:5])

@@ -115,7 +115,7 @@ _FUNCTION = mutants_of(
 _FUNCTIONS = mutants_of(
     "clora_kernels/autograd/routed_lora/functions.py",
     "functions",
-    tuple(f"tests/test_routed_lora_{what}.py" for what in ("composite", "options", "errors", "dropout", "merge")),
+    tuple(f"tests/test_routed_lora_{what}.py" for what in ("glance", "options", "errors", "dropout", "merge")),
     [
         ("group-names-no-layer", "errors of a group do not tell which layer", "adapters[{}].", "adapters."),
         (
@@ -204,9 +204,10 @@ _CALLS = mutants_of(
 _GLANCE = mutants_of(
     "clora_kernels/autograd/routed_lora/calls.py",
     "glance",
-    ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_errors.py"),
+    ("tests/test_routed_lora_glance.py", "tests/test_routed_lora_composite.py", "tests/test_routed_lora_errors.py"),
     [
         ("of-any-dropout", "dropout_p above 1 passes at a glance", " and 0 <= dropout_p <= 1)", ")"),
+        ("of-any-scaling", "a number that fp32 cannot hold passes at a glance", " and abs(scaling) < _LARGE", ""),
         ("of-any-training", "training may be anything at a glance", "        or type(training) is not bool\n", ""),
         ("of-any-layout", "a sparse x passes at a glance", "        or x.layout is not torch.strided\n", ""),
         ("under-autocast", "autocast does not reach a small layer", "        or autocast_is_on(x)\n", ""),

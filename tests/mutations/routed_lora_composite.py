@@ -2,7 +2,7 @@
 
 from .mutant import mutants_of
 
-_TESTS = ("tests/test_routed_lora_composite.py",)
+_TESTS = ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_glance.py")
 
 COMPOSITE = mutants_of(
     "clora_kernels/kernels/routed_lora/composite.py",

@@ -125,7 +125,7 @@ EAGER += mutants_of(
 EAGER += mutants_of(
     "clora_kernels/autograd/routed_lora/function.py",
     "plain-layer",
-    ("tests/test_routed_lora_composite.py", "tests/test_routed_lora_native_choice.py"),
+    ("tests/test_routed_lora_glance.py", "tests/test_routed_lora_native_choice.py"),
     [
         ("x-always-saved", "x is saved for lora_B",
          "(x if W or A else None, q if B else None)", "(x, q if B else None)"),

@@ -5,7 +5,7 @@ from .mutant import mutants_of
 PLAIN_LAYER = mutants_of(
     "clora_kernels/kernels/routed_lora/layer.py",
     "layer",
-    ("tests/test_routed_lora_native*.py", "tests/test_routed_lora_composite.py", "tests/test_report.py"),
+    ("tests/test_routed_lora_native*.py", "tests/test_routed_lora_glance.py", "tests/test_routed_lora_composite.py"),
     [
         ("bias-forgotten", "the bias is not added", "        y.add_(j.bias)\n", "        pass\n"),
         ("takes-a-group", "of a group the first is computed", "if len(projections) > 1:", "if len(projections) > 9:"),

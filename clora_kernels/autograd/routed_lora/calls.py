@@ -26,6 +26,8 @@ from ...reference import routed_lora as reference
 from .arguments import DTYPES, check_dropout, check_projection, check_x, dropout_tensors, is_plain_layer, scaling_tensor
 from .function import PlainLayerFunction, RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
+_LARGE = 1e30  # fp32 holds it, and what dropout makes of it
+
 
 class RoutedLoRA(NamedTuple):
     """One projection of a group; fields as the arguments of :func:`routed_lora_linear`."""
@@ -83,7 +85,7 @@ def run_plain(
     longer to find out than such a layer to compute; None for every other call."""
     if (
         torch.compiler.is_compiling()
-        or not (type(scaling) is type(dropout_p) is float and 0 <= dropout_p <= 1)
+        or not (type(scaling) is type(dropout_p) is float and abs(scaling) < _LARGE and 0 <= dropout_p <= 1)
         or type(training) is not bool
         or not isinstance(x, Tensor)
         or x.dtype not in DTYPES
