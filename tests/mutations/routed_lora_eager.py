@@ -135,6 +135,8 @@ EAGER += mutants_of(
         ("twice-silent", "a second differentiation finds no graph in place of an error",
          "        if torch.is_grad_enabled():\n            tensors, given",
          "        if False:\n            tensors, given"),
+        ("bias-that-is-not", "a bias that is not there gets a gradient",
+         "dB, None if bias is None else dbias", "dB, dbias"),
         ("dtype-of-dy", "gradients are computed in the dtype of dy",
          "False, b, False), x.dtype", "False, b, False), torch.float32"),
     ],

@@ -102,7 +102,7 @@ class PlainLayerFunction(torch.autograd.Function):
         else:
             grads = run_backward([dy], x, kept, ctx.dtype, ctx.need_x, [ctx.need], [j], "native")
         dx, dW, dA, dB, _, _, dbias, _ = grads
-        return dx, None, dW, dA, dB, dbias
+        return dx, None, dW, dA, dB, None if bias is None else dbias
 
 
 def is_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
