@@ -17,6 +17,7 @@ from ..modules.adapter import AdapterLinear, default_adapter_dtype
 from ..modules.rank1_experts.arguments import check_count, check_name, check_rows
 from ..modules.rank1_experts.choosing import Chosen, activations, first_tokens, runs_again, top_experts
 from ..modules.routed_lora import RoutedLoRALinear
+from ..reference.dropout_mask import kept_value
 from ..reference.routed_lora import accumulation_dtype
 
 SELECTIONS = ("batch", "sample")
@@ -158,9 +159,7 @@ class DACLinear(RoutedLoRALinear):
         return seed, None if seed is None else dropout_mask(x, self.dropout_p, seed)
 
     def _kept_value(self) -> float:
-        """What an element that dropout keeps is multiplied with: 1/(1 − p), p as the mask draws it."""
-        threshold = round(65536 * self.dropout_p)
-        return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+        return kept_value(round(65536 * self.dropout_p))
 
     def _choose(self, x: Tensor, mask: Tensor | None) -> tuple[Chosen, Tensor]:
         """The experts used for x, of which dropout keeps ``mask``: ``[S, k]``, or for all samples ``[k]`` where each

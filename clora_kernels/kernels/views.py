@@ -21,4 +21,5 @@ def unflatten(t: Tensor, lead: Sequence[int]) -> Tensor:
 
 def flatten(t: Tensor) -> Tensor:
     """[..., n] as [M, n]; a view wherever strides allow one, M = 0 included."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    # Size.numel() would tie a graph to this M
+    return t if t.dim() == 2 else t[None] if t.dim() == 1 else t.flatten(0, -2)

@@ -15,7 +15,7 @@ low half of each word first; element (m, k) is kept if lane k % 8 is at least th
 
 import torch
 
-__all__ = ["dropout_mask", "philox_4x32_10"]
+__all__ = ["dropout_mask", "kept_value", "philox_4x32_10"]
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -66,3 +66,10 @@ def dropout_mask(seed: torch.Tensor, threshold: torch.Tensor, first_row: int, ro
     words = philox_4x32_10((index & _WORD, index >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return (lanes >= threshold).view(rows, groups * _GROUP)[:, :columns].contiguous()
+
+
+def kept_value(threshold: int) -> float:
+    """By what an element is multiplied that a mask of this threshold keeps: 1/(1 - threshold/65536), 0 where it keeps
+    none."""
+    kept = 65536 - threshold
+    return 65536 / kept if kept else 0.0

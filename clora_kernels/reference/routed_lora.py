@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dropout_mask import dropout_mask
+from .dropout_mask import dropout_mask, kept_value
 
 
 class Gradients(NamedTuple):
@@ -67,7 +67,7 @@ def keep_mask(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> tuple
     kept = dropout_mask(
         dropout_seed, torch.tensor(threshold, device=x.device), 0, x.shape[:-1].numel(), x.shape[-1]
     ).reshape(x.shape)
-    return kept, (65536 / (65536 - threshold) if threshold < 65536 else 0.0)
+    return kept, kept_value(threshold)
 
 
 def apply_routing(q: Tensor, routing: Tensor, routing_index: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def forward(
         return exact if x.dtype == acc else exact + (exact.to(x.dtype).to(acc) - exact).detach()
 
     def gated(source: Tensor, A: Tensor, gate: Tensor | None) -> Tensor:
-        p = (source * kept) @ operand(A).mT * kept_value
+        p = (source * kept) @ operand(A).mT * value
         return p if gate is None else p * gate.to(acc)
 
     def routed(q: Tensor, R: Tensor | None) -> Tensor:
@@ -117,7 +117,7 @@ def forward(
             return operand(q)
         return operand(apply_routing(q, R, routing_index))
 
-    kept, kept_value = keep_mask(x, dropout_p, dropout_seed) or (1.0, 1.0)
+    kept, value = keep_mask(x, dropout_p, dropout_seed) or (1.0, 1.0)
     s = scaling.to(acc) if isinstance(scaling, Tensor) else torch.tensor(scaling, dtype=acc, device=x.device)
     A, B = lora_A, lora_B.to(acc).mT
     live = None if routing is None else routing.to(acc)
@@ -183,7 +183,7 @@ def backward(
         return flat(apply_routing(t.reshape(*lead, r), R, routing_index))
 
     mask = keep_mask(x, dropout_p, dropout_seed)
-    kept, kept_value = (1.0, 1.0) if mask is None else (flat(mask[0]), mask[1])
+    kept, value = (1.0, 1.0) if mask is None else (flat(mask[0]), mask[1])
     s = scaling.to(acc) if isinstance(scaling, Tensor) else torch.tensor(scaling, dtype=acc, device=x.device)
     A, B = operand(lora_A), lora_B.to(acc).mT
     bank = routing_index is not None
@@ -193,7 +193,7 @@ def backward(
 
     x_flat, dy_flat = flat(x.to(acc)), flat(operand(dy))
     dropped = x_flat * kept
-    p = (dropped @ A.mT) * kept_value
+    p = (dropped @ A.mT) * value
     q = p if gates is None else p * gates
     C = s * B if bank else s * (total @ B)
 
@@ -213,10 +213,10 @@ def backward(
         dB, dR, ds = s * (live.mT @ U), s * (U @ B.mT), (U * (total @ B)).sum()
 
     g, g_live = (h, h_live) if gates is None else (h * gates, h_live * gates)
-    dx = (operand(g * kept_value) @ A) * kept
+    dx = (operand(g * value) @ A) * kept
     if weight is not None:
         dx = dx + dy_flat @ operand(weight)
-    dA = operand(g_live * kept_value).mT @ dropped
+    dA = operand(g_live * value).mT @ dropped
     dgate = None if gate is None else (p * h).reshape(*lead, r).sum_to_size(gate.shape).to(gate.dtype)
     return Gradients(
         x=dx.reshape(x.shape).to(x.dtype),

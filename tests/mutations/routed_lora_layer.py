@@ -53,9 +53,19 @@ PLAIN_LAYER = mutants_of(
         ("dx-without-A", "by matmuls dx is that of the frozen layer", ".addmm_(g, j.lora_A)", ".mul_(1)"),
         ("dA-unmasked", "by matmuls dA has no mask",
          "g.mT @ (x if mask is None else torch.where(mask, x, 0.0))", "g.mT @ x"),
-        ("all-drops", "where all drops a division by zero",
-         "scaling * 65536 / kept if kept else 0.0", "scaling * 65536 / kept"),
+        ("walks-forward-alone", "a walk backward is not told",
+         "for rows, least in of_both)", "for rows, least in of_both[:1])"),
+        ("walks-backward-alone", "a walk forward is not told",
+         "for rows, least in of_both)", "for rows, least in of_both[1:])"),
+        ("walks-beyond", "a large weight is one element larger, as told",
+         "and elements >= least", "and elements > least"),
         ("dscaling-without-B", "the gradient of scaling forgets B", ".mT * j.lora_B).sum()", ".mT).sum()"),
         ("dbias-rounded", "the bias gradient is rounded to x.dtype", "dy.sum(0, dtype=torch.float32)", "dy.sum(0)"),
     ],
 )  # fmt: skip
+PLAIN_LAYER += mutants_of(
+    "clora_kernels/reference/dropout_mask.py",
+    "kept-value",
+    ("tests/test_routed_lora_composite.py", "tests/test_continual_dac_layer.py"),
+    [("of-nothing", "where all drops a division by zero", "65536 / kept if kept else 0.0", "65536 / kept")],
+)

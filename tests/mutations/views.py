@@ -9,12 +9,17 @@ VIEWS = mutants_of(
     [
         ("cast-never", "nothing is cast", "return t if t.dtype == dtype else t.to(dtype)", "return t"),
         ("cast-to-fp32", "everything is cast to fp32", "else t.to(dtype)", "else t.float()"),
-        ("flatten-never", "leading dims stay as they are", "return t if t.dim() == 2 else", "return t if t.dim() else"),
+        (
+            "flatten-never",
+            "leading dims stay as they are",
+            "return t if t.dim() == 2 else t[None]",
+            "return t if t.dim() else t[None]",
+        ),
         (
             "flatten-transposed",
             "rows and columns change places",
-            "t.reshape(t.shape[:-1].numel(), t.shape[-1])",
-            "t.reshape(t.shape[-1], t.shape[:-1].numel()).mT",
+            "else t.flatten(0, -2)",
+            "else t.flatten(0, -2).reshape(t.shape[-1], -1).mT",
         ),
     ],
 )

@@ -23,6 +23,7 @@ from ...kernels.routed_lora import composite
 from ...kernels.routed_lora.algebra import Dropout, Projection
 from ...library import autocast_is_on, forward_mode_is_on, refuse_forward_mode, without_autocast
 from ...reference import routed_lora as reference
+from ...reference.dropout_mask import kept_value
 from .arguments import DTYPES, check_dropout, check_projection, check_x, dropout_tensors, is_plain_layer, scaling_tensor
 from .function import PlainLayerFunction, RoutedLoRAEagerFunction, RoutedLoRAFunction, is_plain
 
@@ -124,8 +125,7 @@ def _composite(x: Tensor, j: Projection, adapter: RoutedLoRA, compiling: bool) -
 
 def _kept_value(seed: Tensor | None, dropout_p: float) -> float:
     """As ``Dropout.kept_value``, a number."""
-    kept = 65536 - round(65536 * dropout_p)
-    return 1.0 if seed is None else 65536 / kept if kept else 0.0
+    return 1.0 if seed is None else kept_value(round(65536 * dropout_p))
 
 
 def check_training(training: Any) -> None:

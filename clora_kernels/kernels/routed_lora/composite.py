@@ -6,7 +6,6 @@ on the way, so the frozen product may come first and the adapter be added onto i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout_mask import dropout_mask
+from ..views import flatten, unflatten
+from . import layer
 from .algebra import Projection
 
 DTYPES = (torch.float32, torch.float64)
@@ -24,9 +25,6 @@ DTYPES = (torch.float32, torch.float64)
 # Zen 4, 1960 otherwise. Where something learns ATen makes dx twice, and with dropout keeps a mask and the masked x; so
 # it is for calls that are next to nothing: 8×64×64, rank 16, takes 119 µs forward + backward, 175 by a Function.
 _MOST_ELEMENTS, _MOST_LEARNING = 1 << 19, 1 << 15
-# So few rows of a large weight are a walk through it, for which the compiled part has kernels: 1×768×3072 takes 750 µs
-# and 590 forward, 2×2048×2048 4600 and 3600 with backward, 8×2048×2048 5700 and 5200, but 4×768×768 590 and 830.
-_LARGE_WEIGHT = {**dict.fromkeys((1, 2), 1 << 19), **dict.fromkeys(range(3, 9), 1 << 21)}
 
 
 def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
@@ -49,7 +47,7 @@ def why_not(x: Tensor, projections: Sequence[Projection]) -> str:
 def is_faster(M: int, K: int, N: int, learns: bool) -> bool:
     """Whether it is the fastest way on a CPU for M rows of a K×N layer."""
     most = _MOST_LEARNING if learns else _MOST_ELEMENTS
-    return M * (K + N) <= most and K * N < _LARGE_WEIGHT.get(M, math.inf)
+    return M * (K + N) <= most and not layer.walks_in_fp32(M, K * N)
 
 
 def forward(
@@ -65,9 +63,8 @@ def forward(
 ) -> Tensor:
     """y [..., N], differentiable any number of times; ``scaling`` holds the value of what dropout keeps. In a
     graph it is a tensor, for as alpha a number would be a constant of the graph."""
-    lead, compiling = x.shape[:-1], torch.compiler.is_compiling()
-    eager = not compiling and not torch._C._are_functorch_transforms_active()
-    flat = x if len(lead) == 1 else x.flatten(0, -2) if lead else x[None]
+    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    flat = flatten(x)
     source = flat
     if seed is not None and threshold is not None:
         # autograd lets the operator pass for 20 µs
@@ -85,5 +82,4 @@ def forward(
         y = torch.addmm(base_output.reshape(flat.shape[0], lora_B.shape[0]), q, lora_B.mT, alpha=scaling)
     else:
         y = F.linear(q * scaling, lora_B)
-    # no view: one that was made without gradients, or comes out of a checkpoint, could not be changed in place
-    return y if len(lead) == 1 else torch.ops.aten._unsafe_view.default(y, (*lead, lora_B.shape[0]))
+    return unflatten(y, x.shape[:-1])
